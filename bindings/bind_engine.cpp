@@ -1,0 +1,30 @@
+#include "bindings.h"
+#include "ctrlora/engine.h"
+
+namespace py = pybind11;
+
+namespace ctrlora {
+
+void bind_engine(py::module_& m) {
+  py::class_<Engine>(m, "Engine", "All layers, one step.")
+      .def(py::init<const Options&>(), py::arg("options"))
+      .def("add_pairs", wrapped(&Engine::add_pairs), py::arg("pairs"), py::arg("group"))
+      .def("add_fallback", wrapped(&Engine::add_fallback), py::arg("params"), py::arg("group"))
+      .def("step", wrapped(&Engine::step), py::arg("settings"))
+      .def("set_loss_scale", wrapped(&Engine::set_loss_scale), py::arg("loss_scale"))
+      .def("steps", &Engine::steps)
+      .def("retired", &Engine::retired)
+      .def("metrics", wrapped(&Engine::metrics))
+      .def("named_tensors",
+           [](const Engine& engine) {
+             py::dict tensors;
+             for (const auto& [name, tensor] : engine.named_tensors()) {
+               tensors[py::str(name)] = tensor;
+             }
+             return tensors;
+           })
+      .def("load", wrapped(&Engine::load), py::arg("tensors"))
+      .def("state_bytes", wrapped(&Engine::state_bytes));
+}
+
+}  // namespace ctrlora

@@ -1,0 +1,16 @@
+// Umbrella header: everything public in one include.
+#pragma once
+
+#include "ctrlora/engine.h"             // IWYU pragma: export
+#include "ctrlora/gauge.h"              // IWYU pragma: export
+#include "ctrlora/kronecker_factors.h"  // IWYU pragma: export
+#include "ctrlora/layer_group.h"        // IWYU pragma: export
+#include "ctrlora/lora_linear.h"        // IWYU pragma: export
+#include "ctrlora/lora_pair.h"          // IWYU pragma: export
+#include "ctrlora/low_rank_eigen.h"     // IWYU pragma: export
+#include "ctrlora/observation.h"        // IWYU pragma: export
+#include "ctrlora/options.h"            // IWYU pragma: export
+#include "ctrlora/side_stream.h"        // IWYU pragma: export
+#include "ctrlora/tangent_step.h"       // IWYU pragma: export
+#include "ctrlora/trust_region.h"       // IWYU pragma: export
+#include "ctrlora/version.h"            // IWYU pragma: export

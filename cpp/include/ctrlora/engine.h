@@ -1,0 +1,82 @@
+// All layers, one step: decides when things happen and owns the state. Knows no Python, no param_groups.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ctrlora/export.h"
+#include "ctrlora/layer_group.h"
+#include "ctrlora/lora_pair.h"
+#include "ctrlora/options.h"
+#include "ctrlora/side_stream.h"
+
+namespace ctrlora {
+
+namespace detail {
+class AdamW;
+}
+
+class CTRLORA_API Engine {
+ public:
+  /// @throws c10::ValueError if an option is out of range.
+  explicit Engine(const Options& options);
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  /// Takes over pairs under parameter group `group`: their tensors become views into slabs.
+  /// @throws c10::ValueError if a pair is invalid or one of its tensors is here already.
+  void add_pairs(const std::vector<LoraPair>& pairs, int64_t group);
+
+  /// Other parameters of group `group`: trained by AdamW (Loshchilov & Hutter 2019).
+  void add_fallback(const std::vector<at::Tensor>& params, int64_t group);
+
+  /// One step from the gradients in .grad. Groups with lr 0 and all their state stay untouched.
+  /// @param settings one per parameter group, by index.
+  void step(const std::vector<GroupSettings>& settings);
+
+  /// Scale of the loss for the gradients observed from now on (GradScaler).
+  void set_loss_scale(double loss_scale);
+
+  [[nodiscard]] int64_t steps() const { return steps_; }
+  [[nodiscard]] const Options& options() const { return options_; }
+  /// Names of the pairs that were handed to AdamW after repeated failures.
+  [[nodiscard]] const std::vector<std::string>& retired() const { return retired_; }
+
+  /// Flat numbers about the last step. Reading synchronises with the device.
+  [[nodiscard]] std::map<std::string, double> metrics() const;
+
+  /// The whole state but the parameters, by stable names; live tensors.
+  [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
+  /// Restores it. @throws c10::ValueError printing the names or shapes that differ, before any change.
+  void load(const std::map<std::string, at::Tensor>& tensors);
+  /// Bytes of that state.
+  [[nodiscard]] int64_t state_bytes() const;
+
+ private:
+  struct StepReport;
+  struct Move;
+  [[nodiscard]] std::vector<const GroupSettings*> checked(
+      const std::vector<GroupSettings>& settings) const;
+  [[nodiscard]] at::Tensor fisher_ball(const std::vector<Move>& moves, double ratio);
+  [[nodiscard]] GroupSettings fallback_settings(
+      const detail::AdamW& fallback, const std::vector<const GroupSettings*>& by_group) const;
+  [[nodiscard]] static Quartic predicted_kl(const std::vector<Move>& moves);
+  void retire_failed_layers();
+
+  Options options_;
+  SideStream side_stream_;
+  std::shared_ptr<RowSampler> sampler_;
+  std::vector<std::shared_ptr<LayerGroup>> groups_;
+  std::vector<std::unique_ptr<detail::AdamW>> fallbacks_;
+  std::vector<std::string> retired_;
+  std::unique_ptr<StepReport> report_;
+  int64_t steps_ = 0;
+};
+
+}  // namespace ctrlora

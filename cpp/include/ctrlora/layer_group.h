@@ -1,0 +1,126 @@
+// Layers of one shape, dtype and device in slabs with a leading dimension L: what a step works on.
+//
+// Parameters are views into the slabs. Every method is a handful of batched operations, whatever L is.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ctrlora/export.h"
+#include "ctrlora/kronecker_factors.h"
+#include "ctrlora/lora_pair.h"
+#include "ctrlora/observation.h"
+#include "ctrlora/options.h"
+#include "ctrlora/tangent_step.h"
+#include "ctrlora/trust_region.h"
+
+namespace ctrlora {
+
+/// What one step would do to a group, before its length is known. Tensors (L) float64 unless said.
+struct CTRLORA_API Proposal {
+  TangentStep step;
+  Quartic output_norm;         ///< |D(f)|_Omega^2
+  Quartic fisher_norm;         ///< |D(f)|_M^2, zero for layers without an absolute scale
+  at::Tensor radius;           ///< lr |W0|_Omega
+  at::Tensor length;           ///< f inside the output ball
+  at::Tensor ok;               ///< (L) bool
+  at::Tensor momentum_factor;  ///< bias correction and sign
+};
+
+namespace detail {
+class PendingObservations;
+}
+
+class CTRLORA_API LayerGroup : public ObservationSink {
+ public:
+  /// @param pairs same shapes, dtype and device (the engine sorts them). @param group index of the
+  /// parameter group whose settings apply. Their tensors become views into slabs.
+  LayerGroup(std::vector<LoraPair> pairs, int64_t group, Options options,
+             std::shared_ptr<RowSampler> sampler);
+  ~LayerGroup() override;
+  LayerGroup(const LayerGroup&) = delete;
+  LayerGroup& operator=(const LayerGroup&) = delete;
+
+  [[nodiscard]] int64_t layers() const { return static_cast<int64_t>(pairs_.size()); }
+  [[nodiscard]] int64_t group() const { return group_; }
+  [[nodiscard]] int64_t age() const { return age_; }
+  [[nodiscard]] const std::vector<LoraPair>& pairs() const { return pairs_; }
+  [[nodiscard]] const KroneckerFactors& factors() const { return factors_; }
+  [[nodiscard]] const at::Tensor& skipped() const { return skipped_; }  ///< (L) steps left out
+  [[nodiscard]] const at::Tensor& misses() const { return misses_; }    ///< (L) failures in a row
+
+  // ---- Observation (called from backward) ----
+  /// Plugs the layers' slots into `self` and asks for the first observations.
+  static void connect(const std::shared_ptr<LayerGroup>& self);
+  RowSampler& sampler() override { return *sampler_; }
+  [[nodiscard]] int64_t micro_batch(int64_t layer) const override;
+  void observe(int64_t layer, const Observation& observation) override;
+  void drop_observations();
+  void set_loss_scale(double loss_scale) { options_.loss_scale = loss_scale; }
+
+  // ---- One step, in this order (engine.cpp) ----
+  /// Adopts parameters whose storage was replaced; follows a change of dtype or device.
+  /// @throws c10::ValueError if a parameter's shape changed or the pairs no longer fit together.
+  void bind();
+  /// M <- beta1 M + (1 - beta1) grad where the gradient exists and is finite.
+  void update_momentum();
+  /// Enters what was observed since the last step into the factors.
+  void commit_observations();
+  /// Direction, norms and length inside the output ball.
+  Proposal propose(const GroupSettings& settings);
+  /// W <- (1 - lr weight_decay) W + f delta with f = length * shrink, shrink a float64 scalar.
+  void apply(const Proposal& proposal, const at::Tensor& shrink, const GroupSettings& settings);
+  /// Counts the step, balances the gauge when due, asks for the next observations.
+  void finish();
+
+  /// Takes out the layers that failed `max_misses` times in a row. Synchronises: not for every step.
+  std::vector<LoraPair> take_failed();
+
+  /// State by name, without the parameters; live tensors.
+  [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
+  /// To be called when those were overwritten.
+  void after_load(int64_t age);
+
+ private:
+  struct Range {
+    int64_t begin, end;
+  };
+  [[nodiscard]] Range due(int64_t step) const;
+  [[nodiscard]] std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> gradients(
+      Range range) const;
+  [[nodiscard]] std::pair<at::Tensor, at::Tensor> raw_gradients(Range range) const;
+  void update_rms(Range range, const SideProducts& input, const SideProducts& output,
+                  const SideMetric& input_metric, const SideMetric& output_metric);
+  void adopt_parameters();
+  static void rebind(at::Tensor& param, const at::Tensor& slab, int64_t layer,
+                     const std::string& name);
+  void move_state(const at::TensorOptions& options);
+  void want();
+  void balance_gauge();
+  [[nodiscard]] double rounding() const;
+
+  std::vector<LoraPair> pairs_;
+  std::vector<std::shared_ptr<ObservationSlot>> slots_;  // null: nothing observes this layer
+  int64_t group_;
+  Options options_;
+  std::shared_ptr<RowSampler> sampler_;
+  std::unique_ptr<detail::PendingObservations> observations_;
+
+  at::Tensor a_, b_;                    // (L, r, n), (L, m, r) parameters' storage
+  at::Tensor momentum_a_, momentum_b_;  // same shapes, statistics' dtype
+  at::Tensor momentum_weight_;          // (L) float64: 1 - beta1^t of the steps taken
+  at::Tensor rms_square_, rms_weight_;  // (L) float64 EMA and its weight
+  at::Tensor scaling_;                  // (L) float64
+  at::Tensor active_;                   // (L) bool: not handed to AdamW
+  at::Tensor grad_ok_;                  // (L) bool: this step's gradient exists and is finite
+  at::Tensor misses_;                   // (L) int64 failed steps in a row
+  at::Tensor skipped_;                  // (L) int64 steps left out for non-finite gradients
+  KroneckerFactors factors_;
+  int64_t age_ = 0;  // steps taken
+};
+
+}  // namespace ctrlora

@@ -1,0 +1,123 @@
+// Rows of a layer's inputs and output gradients, from the layer to the engine (cpp/README.md, 2).
+//
+// Flow: the layer's forward asks `slot.wanted()`; if so, `slot.capture(x, base_output)` samples rows
+// at once (no reference to x is kept, so checkpointing keeps its memory saving); the gradient's hook
+// calls `capture.complete(g)`, which samples the same rows of g and hands both to the sink. A capture
+// whose backward never comes is dropped with its graph. Counted once per backward in both modes of
+// activation checkpointing: only one of the two forwards is ever completed.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+#include "ctrlora/export.h"
+
+namespace ctrlora {
+
+/// What one backward of one layer says about its curvature.
+struct CTRLORA_API Observation {
+  at::Tensor inputs;        ///< (R, n) sampled rows x, any float dtype
+  at::Tensor output_grads;  ///< (R, m) the same rows of g = dloss/dy
+  at::Tensor base_square;   ///< (R) |W0 x|^2 per row; undefined if unknown
+  double row_weight = 1.;   ///< N / R: rows that each sampled row stands for
+  int64_t sequences = 0;    ///< sequences in the batch (leading dimension of 3-d inputs, else rows)
+};
+
+/// Draws rows without state of its own but (seed, step): stratified, row floor((i + u_i) N / R).
+/// Source of randomness: Philox4x32-10 (Salmon et al. 2011), counter-based, so that a resumed run
+/// draws the same rows. Thread-safe.
+class CTRLORA_API RowSampler {
+ public:
+  RowSampler(int64_t sample_rows, uint64_t seed) : sample_rows_(sample_rows), seed_(seed) {}
+
+  void set_step(int64_t step);
+
+  /// Indices (R) int64 of the rows of micro-batch `micro_batch`, or an undefined tensor if all `rows`
+  /// rows are taken.
+  at::Tensor sample(int64_t rows, int64_t micro_batch, at::Device device);
+
+  /// A copy of those rows of `flat`, which is `inputs` as (N, n). Layers that receive one tensor in turn
+  /// (q/k/v, gate/up) get one copy, by whose identity their sketches are shared.
+  at::Tensor rows_of(const at::Tensor& inputs, const at::Tensor& flat, const at::Tensor& rows);
+
+ private:
+  using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+  struct LastRows {
+    WeakTensor source{c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>()};
+    int64_t version = 0;
+    at::Tensor index, rows;
+  };
+  std::mutex mutex_;
+  int64_t sample_rows_;
+  uint64_t seed_;
+  int64_t step_ = 0;
+  // The last draw: all layers of one micro-batch share it.
+  int64_t cached_rows_ = -1;
+  int64_t cached_micro_batch_ = -1;
+  at::Tensor cached_;
+  LastRows last_;
+};
+
+/// Receives observations; implemented by LayerGroup.
+class CTRLORA_API ObservationSink {
+ public:
+  ObservationSink() = default;
+  ObservationSink(const ObservationSink&) = delete;
+  ObservationSink& operator=(const ObservationSink&) = delete;
+  virtual ~ObservationSink() = default;
+  virtual RowSampler& sampler() = 0;
+  /// Backwards of `layer` completed since the last step: numbers the micro-batches.
+  virtual int64_t micro_batch(int64_t layer) const = 0;
+  /// Called from backward, perhaps on an autograd thread. Must not throw on bad numbers.
+  virtual void observe(int64_t layer, const Observation& observation) = 0;
+};
+
+class Capture;
+
+/// One layer's end of the channel. Created by register_pair(); an engine plugs itself in.
+class CTRLORA_API ObservationSlot : public std::enable_shared_from_this<ObservationSlot> {
+ public:
+  /// Whether the next forward should be captured. Cheap: one atomic load.
+  [[nodiscard]] bool wanted() const { return wanted_.load(std::memory_order_relaxed); }
+  void set_wanted(bool wanted) { wanted_.store(wanted, std::memory_order_relaxed); }
+
+  /// Plugs in (or, with null, out) the receiver; `layer` is its own number for this slot.
+  void connect(const std::weak_ptr<ObservationSink>& sink, int64_t layer);
+
+  /// Samples rows of `inputs` (..., n) and, if defined, of `base_output` (..., m), the frozen base
+  /// layer's output. Null when nothing listens or there is no row.
+  std::shared_ptr<Capture> capture(const at::Tensor& inputs, const at::Tensor& base_output);
+
+  /// Observations delivered in this slot's life.
+  [[nodiscard]] int64_t observations() const { return observations_.load(); }
+
+ private:
+  friend class Capture;
+  std::atomic<bool> wanted_{false};
+  std::atomic<int64_t> observations_{0};
+  std::mutex mutex_;
+  std::weak_ptr<ObservationSink> sink_;
+  int64_t layer_ = -1;
+};
+
+/// A forward waiting for its backward.
+class CTRLORA_API Capture {
+ public:
+  /// Delivers the observation; `output_grad` (..., m) is the gradient of the layer's output. Never
+  /// modifies it. A second call, or one whose row count differs, is ignored.
+  void complete(const at::Tensor& output_grad);
+
+ private:
+  friend class ObservationSlot;
+  std::weak_ptr<ObservationSlot> slot_;
+  Observation observation_;
+  at::Tensor rows_;  // sampled row numbers; undefined: all
+  int64_t total_rows_ = 0;
+  bool done_ = false;
+};
+
+}  // namespace ctrlora

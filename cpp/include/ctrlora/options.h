@@ -1,0 +1,116 @@
+// Settings of the engine: plain numbers, each with unit, range, default and the reason for the default.
+//
+// [M] marks defaults measured on language-model fine-tuning; cpp/README.md holds the equations.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "ctrlora/export.h"
+
+namespace ctrlora {
+
+/// What the loss averages over: special values of Options::loss_terms.
+inline constexpr int64_t kLossTermsTokens = 0;
+inline constexpr int64_t kLossTermsSequences = -1;
+
+/// Settings shared by all layers of one Engine. Learning rates and weight decay belong to parameter
+/// groups and come with every step (GroupSettings).
+struct CTRLORA_API Options {
+  // ---- Curvature (cpp/README.md, section 2) ----
+
+  /// Eigenpairs kept per Kronecker factor, k >= 1; capped at the factor's size. 16 loses 0.03 nats
+  /// against dense factors and costs a third of AdamW's state [M].
+  int64_t sketch_rank = 16;
+
+  /// Rows (tokens) of one backward that enter a factor, >= 1. 256 is indistinguishable from all [M].
+  int64_t sample_rows = 256;
+
+  /// Steps between two observations of a layer, >= 1. 3 ends 0.03 nats below 10 [M].
+  int64_t factor_every = 3;
+
+  /// First steps on which every layer is observed, >= 0: the factors start from nothing.
+  int64_t factor_warmup_steps = 5;
+
+  /// EMA weight of the old factor, in [0, 1); a plain mean until 1/(1 - factor_beta) batches were
+  /// seen. 0.95: Martens & Grosse (2015), section 5.
+  double factor_beta = 0.95;
+
+  /// lambda as a share of the factor's mean eigenvalue tr F / d, > 0 [M].
+  double damping = 0.01;
+
+  /// Exponent gamma of the metric, in [0, 1]. 1: natural gradient; 0: no curvature. One half beats
+  /// both by 0.1 and 0.2 nats [M].
+  double whitening = 0.5;
+
+  /// Largest dimension for which a complete basis (k = d, a d x d object) is allowed, >= 1.
+  int64_t dense_limit = 256;
+
+  /// What the loss averages: kLossTermsTokens (rows with a gradient), kLossTermsSequences, or that
+  /// many terms. Scales the output factor of all layers alike: matters for the Fisher ball only.
+  int64_t loss_terms = kLossTermsTokens;
+
+  /// "mean" or "sum": whether output gradients carry 1/terms.
+  std::string loss_reduction = "mean";
+
+  /// Factor on the loss while gradients are observed (GradScaler's scale), > 0. Gradients in .grad
+  /// are taken as they are found.
+  double loss_scale = 1.0;
+
+  // ---- Direction (section 3) ----
+
+  /// Momentum weight, in [0, 1). 0.8 ends 0.03 nats below 0.9 [M].
+  double beta1 = 0.8;
+
+  /// Relative floor of the rank-space Gram P, in the gauge where Q = I; > 0.
+  double gram_floor = 1e-4;
+
+  /// Whether to ascend instead of descend.
+  bool maximize = false;
+
+  // ---- Length (section 4) ----
+
+  /// Radius of the global Fisher ball in nats per loss term at the initial learning rate, > 0; inf
+  /// switches it off. 0.005 makes every learning rate above the best one equally good [M].
+  double kl_radius = 0.005;
+
+  /// EMA weight of the raw direction's squared length, in [0, 1).
+  double rms_beta = 0.95;
+
+  /// "rms": length relative to the raw direction's RMS, shrinks where gradients are noise [M];
+  /// "radius": every step fills the ball.
+  std::string step_length = "rms";
+
+  // ---- Upkeep ----
+
+  /// Steps between two balancings of the gauge (section 5), >= 1.
+  int64_t balance_every = 100;
+
+  /// Failures of one layer in a row after which AdamW takes it over (section 6), >= 1.
+  int64_t max_misses = 5;
+
+  /// AdamW's learning rate for such a layer, >= 0. 1e-3: AdamW's default.
+  double fallback_lr = 1e-3;
+
+  /// Seed of the row sampler and of the first bases.
+  uint64_t seed = 0;
+
+  /// Checks every range.
+  /// @throws c10::ValueError (ValueError in Python) naming the option, its value and the rule.
+  void validate() const;
+};
+
+/// Settings of one parameter group at one step.
+struct CTRLORA_API GroupSettings {
+  double lr = 0.1;            ///< pairs: largest relative change of a layer's output; else AdamW's.
+  double initial_lr = 0.1;    ///< scales kl_radius by (lr / initial_lr)^2.
+  double weight_decay = 0.0;  ///< decoupled: parameters shrink by lr * weight_decay a step.
+  double beta1 = 0.9;         ///< fallback AdamW only.
+  double beta2 = 0.999;       ///< fallback AdamW only.
+  double eps = 1e-8;          ///< fallback AdamW only.
+
+  /// @throws c10::ValueError naming the setting, its value and the rule.
+  void validate() const;
+};
+
+}  // namespace ctrlora

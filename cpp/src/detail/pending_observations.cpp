@@ -1,0 +1,199 @@
+#include "detail/pending_observations.h"
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "detail/tall_skinny.h"
+#include "detail/tensor_math.h"
+
+namespace ctrlora::detail {
+
+namespace {
+
+// Early commits of the gradient proxy may see zero gradients (B = 0): keep starting anew while nothing
+// has entered a factor.
+constexpr int64_t kProxyStarts = 5;
+
+void add_sketch(FactorSketch& sums, const FactorSketch& sketch) {
+  if (!sums.product.defined()) {
+    sums = sketch;
+    return;
+  }
+  sums.product = sums.product + sketch.product;
+  sums.trace = sums.trace + sketch.trace;
+  sums.weight = sums.weight + sketch.weight;
+}
+
+FactorSketch empty_sketch(const LowRankEigen& factor) {
+  const at::Tensor none = at::zeros({1}, factor.trace().options());
+  return {at::zeros({1, factor.size(), factor.sketch_rank()}, factor.basis().options()), none, none};
+}
+
+FactorSketch concatenate(const std::vector<const FactorSketch*>& parts) {
+  std::vector<at::Tensor> product, trace, weight;
+  for (const FactorSketch* part : parts) {
+    product.push_back(part->product);
+    trace.push_back(part->trace);
+    weight.push_back(part->weight);
+  }
+  return {at::cat(product), at::cat(trace), at::cat(weight)};
+}
+
+FactorSketch select_sketch(const at::Tensor& mask, const FactorSketch& yes, const FactorSketch& no) {
+  return {select_layers(mask, yes.product, no.product), at::where(mask, yes.trace, no.trace),
+          at::where(mask, yes.weight, no.weight)};
+}
+
+}  // namespace
+
+PendingObservations::PendingObservations(int64_t layers, const Options& options)
+    : seed_(options.seed),
+      factor_every_(options.factor_every),
+      sums_(static_cast<size_t>(layers)),
+      started_(static_cast<size_t>(layers)),
+      observed_(static_cast<size_t>(layers)),
+      share_set_(at::full({layers}, -1, at::kLong)) {}
+
+int64_t PendingObservations::micro_batch(int64_t layer) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return sums_[static_cast<size_t>(layer)].count;
+}
+
+// A share set must stay within one part of the schedule: only then are its bases refreshed together.
+bool PendingObservations::joins(int64_t layer) const {
+  const auto layers = static_cast<int64_t>(sums_.size());
+  const auto part = [&](int64_t l) { return l * factor_every_ / layers; };
+  return last_.set >= 0 && part(layer) == part(last_.set);
+}
+
+FactorSketch PendingObservations::input_sketch(int64_t layer, const Observation& observation,
+                                               const at::Tensor& weights,
+                                               KroneckerFactors& factors) {
+  auto* set = share_set_.data_ptr<int64_t>() + layer;
+  const bool same_input = last_.inputs.defined() && last_.inputs.is_same(observation.inputs);
+  const bool first = *set < 0;
+  if (first) {
+    *set = same_input && joins(layer) ? last_.set : layer;
+  }
+  LowRankEigen factor = factors.input.slice(layer, layer + 1);
+  const at::Tensor rows =
+      select_layers(weights > 0, observation.inputs.to(factor.basis().scalar_type()),
+                    at::zeros({1, 1}, factor.basis().options()))
+          .unsqueeze(0);
+  if (!started_[static_cast<size_t>(layer)]) {
+    factor.start_basis(rows, at::ones({1}, rows.options().dtype(at::kBool)), seed_);
+  }
+  if (same_input && *set == last_.set) {
+    return last_.sketch;
+  }
+  if (!first && *set != layer && *set == last_.set) {
+    *set = layer;  // another input than the rest of its set: on its own from now on
+  }
+  last_ = {observation.inputs, *set, factor.sketch(rows, weights.unsqueeze(0))};
+  return last_.sketch;
+}
+
+void PendingObservations::add(int64_t layer, const Observation& observation,
+                              KroneckerFactors& factors, const Options& options) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  LowRankEigen output = factors.output.slice(layer, layer + 1);
+  if (observation.inputs.device() != output.basis().device() ||
+      observation.inputs.size(-1) != factors.input.size() ||
+      observation.output_grads.size(-1) != output.size()) {
+    return;  // a model in the middle of a move, or a module whose output is not this layer's
+  }
+  const at::ScalarType dtype = output.basis().scalar_type();
+  at::Tensor grads = observation.output_grads.to(dtype) * (1.0 / options.loss_scale);
+  // Rows without a gradient (padding, ignored labels) and rows with non-finite numbers do not count.
+  const at::Tensor largest = grads.abs().amax(-1);
+  const at::Tensor counts = (largest > 0)
+                                .logical_and(at::isfinite(largest))
+                                .logical_and(at::isfinite(observation.inputs).all(-1));
+  const at::Tensor weights = counts.to(at::kDouble) * observation.row_weight;
+  grads = select_layers(counts, grads, at::zeros({1, 1}, grads.options())).unsqueeze(0);
+
+  Sums& sums = sums_[static_cast<size_t>(layer)];
+  add_sketch(sums.input, input_sketch(layer, observation, weights, factors));
+  if (!started_[static_cast<size_t>(layer)]) {
+    output.start_basis(grads, at::ones({1}, grads.options().dtype(at::kBool)), seed_);
+  }
+  add_sketch(sums.output, output.sketch(grads, weights.unsqueeze(0)));
+  const at::Tensor base =
+      observation.base_square.defined()
+          ? at::where(counts, observation.base_square.to(at::kDouble) * weights,
+                      at::zeros_like(weights))
+                .sum(-1, /*keepdim=*/true)
+          : at::full({1}, -1.0, weights.options());
+  sums.base_square = sums.base_square.defined() ? sums.base_square + base : base;
+  const at::Tensor sequences =
+      at::full({1}, static_cast<double>(observation.sequences), weights.options());
+  sums.sequences = sums.sequences.defined() ? sums.sequences + sequences : sequences;
+  sums.count += 1;
+  started_[static_cast<size_t>(layer)] = true;
+  observed_[static_cast<size_t>(layer)] = true;
+}
+
+CurvatureSketch PendingObservations::collect(int64_t begin, int64_t end, int64_t age,
+                                             KroneckerFactors& factors,
+                                             const GradientRows& gradient_rows,
+                                             const at::Tensor& grad_ok) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const FactorSketch no_input = empty_sketch(factors.input);
+  const FactorSketch no_output = empty_sketch(factors.output);
+  std::vector<const FactorSketch*> input, output;
+  std::vector<at::Tensor> base_square, sequences, proxy;
+  bool any_proxy = false;
+  for (int64_t l = begin; l < end; ++l) {
+    const Sums& sums = sums_[static_cast<size_t>(l)];
+    const bool has = sums.count > 0;
+    const bool needs_proxy = !has && !observed_[static_cast<size_t>(l)];
+    any_proxy = any_proxy || needs_proxy;
+    input.push_back(has ? &sums.input : &no_input);
+    output.push_back(has ? &sums.output : &no_output);
+    base_square.push_back(has ? sums.base_square : no_input.weight);
+    sequences.push_back(has ? sums.sequences : no_input.weight);
+    proxy.push_back(at::full({1}, needs_proxy, grad_ok.options()));
+  }
+  CurvatureSketch sketch{concatenate(input), concatenate(output), at::cat(base_square),
+                         at::cat(sequences), at::cat(proxy)};
+  if (any_proxy) {
+    const auto [rows_a, rows_b] = gradient_rows();
+    const at::Tensor weights =
+        grad_ok.to(at::kDouble).unsqueeze(-1).expand({end - begin, rows_a.size(1)});
+    if (age < kProxyStarts * factor_every_) {
+      const at::Tensor fresh = sketch.from_gradient.logical_and(factors.seen == 0);
+      factors.input.start_basis(rows_a, fresh, seed_);
+      factors.output.start_basis(rows_b, fresh, seed_);
+    }
+    sketch.input =
+        select_sketch(sketch.from_gradient, factors.input.sketch(rows_a, weights), sketch.input);
+    sketch.output =
+        select_sketch(sketch.from_gradient, factors.output.sketch(rows_b, weights), sketch.output);
+  }
+  return sketch;
+}
+
+void PendingObservations::clear() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (Sums& sums : sums_) {
+    sums = {};
+  }
+  last_ = {};
+}
+
+void PendingObservations::resume(const KroneckerFactors& factors) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const at::Tensor started = factors.input.basis().abs().flatten(1).amax(-1).to(at::kCPU) > 0;
+  const at::Tensor observed = factors.absolute.to(at::kCPU);
+  for (size_t l = 0; l < sums_.size(); ++l) {
+    started_[l] = started.const_data_ptr<bool>()[l];
+    observed_[l] = observed.const_data_ptr<bool>()[l];
+  }
+}
+
+}  // namespace ctrlora::detail

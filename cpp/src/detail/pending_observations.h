@@ -1,0 +1,71 @@
+// What a group's backwards reported since the last step: sums per layer, linear in the rows.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "ctrlora/kronecker_factors.h"
+#include "ctrlora/observation.h"
+#include "ctrlora/options.h"
+
+namespace ctrlora::detail {
+
+/// Thread-safe: backwards may run on several autograd threads.
+class PendingObservations {
+ public:
+  PendingObservations(int64_t layers, const Options& options);
+
+  [[nodiscard]] int64_t micro_batch(int64_t layer) const;
+
+  /// Adds one backward of one layer, sketched in the layer's present bases; the rows are freed.
+  void add(int64_t layer, const Observation& observation, KroneckerFactors& factors,
+           const Options& options);
+
+  /// Rows for the gradient proxy: gradA (L, r, n), gradB^T (L, r, m), zero where a layer has none.
+  using GradientRows = std::function<std::pair<at::Tensor, at::Tensor>()>;
+
+  /// The sums of layers [begin, end) as one batch. Layers that were never observed contribute their
+  /// gradients (gradient proxy) where `grad_ok` (L) holds. @param factors the same layers' factors.
+  /// @param age steps taken so far.
+  [[nodiscard]] CurvatureSketch collect(int64_t begin, int64_t end, int64_t age,
+                                        KroneckerFactors& factors, const GradientRows& gradient_rows,
+                                        const at::Tensor& grad_ok) const;
+
+  /// Forgets the sums (a step was taken, or the rows belong to a step that will not be).
+  void clear();
+
+  /// (L) int64 share sets: layers with one number receive one input tensor. -1: not known yet.
+  [[nodiscard]] const at::Tensor& share_set() const { return share_set_; }
+  /// After factors and share sets were loaded.
+  void resume(const KroneckerFactors& factors);
+
+ private:
+  struct Sums {
+    int64_t count = 0;
+    FactorSketch input, output;
+    at::Tensor base_square, sequences;
+  };
+  struct Shared {  // the last input that was sketched
+    at::Tensor inputs;
+    int64_t set = -1;
+    FactorSketch sketch;
+  };
+  [[nodiscard]] FactorSketch input_sketch(int64_t layer, const Observation& observation,
+                                          const at::Tensor& weights, KroneckerFactors& factors);
+  [[nodiscard]] bool joins(int64_t layer) const;
+
+  mutable std::mutex mutex_;
+  uint64_t seed_;
+  int64_t factor_every_;
+  std::vector<Sums> sums_;
+  std::vector<bool> started_;   // has a basis
+  std::vector<bool> observed_;  // was observed at least once
+  at::Tensor share_set_;
+  Shared last_;
+};
+
+}  // namespace ctrlora::detail

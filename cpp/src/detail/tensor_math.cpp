@@ -1,0 +1,111 @@
+#include "detail/tensor_math.h"
+
+#include <ATen/Context.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/cholesky_inverse.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/linalg_cholesky_ex.h>
+#include <ATen/ops/linalg_eigh.h>
+#include <ATen/ops/linalg_solve_triangular.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <algorithm>
+
+#include "detail/tall_skinny.h"
+
+namespace ctrlora::detail {
+
+struct NumericsGuard::Guards {
+  at::NoGradGuard no_grad;
+  at::NoTF32Guard no_tf32;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+NumericsGuard::NumericsGuard() : guards_(new Guards) {}
+NumericsGuard::~NumericsGuard() { delete guards_; }
+
+at::Tensor finite_layers(const at::Tensor& x) {
+  // A sum is finite only if every entry is, up to overflow, which counts as not finite.
+  return at::isfinite(x.flatten(1).sum(-1));
+}
+
+at::Tensor select_layers(const at::Tensor& mask, const at::Tensor& yes, const at::Tensor& no) {
+  std::vector<int64_t> shape(static_cast<size_t>(yes.dim()), 1);
+  shape[0] = mask.size(0);
+  return at::where(mask.view(shape), yes, no);
+}
+
+at::Tensor inner(const at::Tensor& x, const at::Tensor& y) { return (x * y).flatten(1).sum(-1); }
+
+namespace {
+
+// On a CPU the info codes are in our memory: reading them is no synchronisation.
+bool known_to_be_zero(const at::Tensor& info) {
+  if (!info.is_cpu()) {
+    return false;
+  }
+  const auto* begin = info.const_data_ptr<int32_t>();
+  return std::all_of(begin, begin + info.numel(), [](int32_t code) { return code == 0; });
+}
+
+at::Tensor identity_like(const at::Tensor& matrix) {
+  return at::eye(matrix.size(-1), matrix.options()).expand_as(matrix);
+}
+
+}  // namespace
+
+Cholesky robust_cholesky(const at::Tensor& gram, double eps) {
+  const at::Tensor finite = finite_layers(gram);
+  const at::Tensor identity = identity_like(gram);
+  const at::Tensor safe = select_layers(finite, gram, identity);
+  auto [factor, info] = at::linalg_cholesky_ex(safe);
+  at::Tensor ok = info.eq(0);
+  double jitter = 10.0 * eps;
+  for (int attempt = 0; attempt < 3 && !known_to_be_zero(info); ++attempt, jitter *= 10.0) {
+    const at::Tensor shift = safe.diagonal(0, -2, -1).abs().mean(-1) * jitter;
+    auto [retry, retry_info] = at::linalg_cholesky_ex(safe + as_column(shift) * identity);
+    factor = select_layers(ok, factor, retry);
+    ok = ok.logical_or(retry_info.eq(0));
+    info = retry_info;
+  }
+  ok = ok.logical_and(finite);
+  return {select_layers(ok, factor, identity), ok};
+}
+
+at::Tensor cholesky_inverse(const at::Tensor& factor) { return at::cholesky_inverse(factor); }
+
+Eigh symmetric_eigh(const at::Tensor& matrix) {
+  const at::Tensor safe =
+      select_layers(finite_layers(matrix), matrix, identity_like(matrix));
+  auto [values, vectors] = at::linalg_eigh((safe + safe.mT()) * 0.5);
+  return {values, vectors};
+}
+
+Orthonormal orthonormalize(const at::Tensor& columns) {
+  at::Tensor basis = columns;
+  at::Tensor transform = identity_like(at::zeros(
+      {columns.size(0), columns.size(2), columns.size(2)}, columns.options().dtype(at::kDouble)));
+  at::Tensor ok;
+  const double eps = columns.scalar_type() == at::kDouble ? 1e-16 : 1e-7;
+  for (int pass = 0; pass < 2; ++pass) {
+    const at::Tensor gram = tall_gram(basis, basis);
+    const at::Tensor scale = gram.diagonal(0, -2, -1).clamp_min(1e-300).rsqrt();
+    const at::Tensor unit = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2);
+    const Cholesky cholesky = robust_cholesky(unit, eps);
+    // columns @ diag(scale) @ factor^-T
+    const at::Tensor step =
+        scale.unsqueeze(-1) *
+        at::linalg_solve_triangular(cholesky.factor, identity_like(gram), /*upper=*/false).mT();
+    basis = at::bmm(basis, step.to(basis.scalar_type()));
+    transform = at::bmm(transform, step);
+    ok = pass == 0 ? cholesky.ok : ok.logical_and(cholesky.ok);
+  }
+  return {basis, transform, ok};
+}
+
+}  // namespace ctrlora::detail

@@ -1,0 +1,63 @@
+// Small batched linear algebra that never throws on bad numbers. (L, ., .) throughout.
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+
+namespace ctrlora::detail {
+
+/// What all numerics run under: no autograd graph, no autocast, no TF32. One per public entry.
+class NumericsGuard {
+ public:
+  NumericsGuard();
+  ~NumericsGuard();
+  NumericsGuard(const NumericsGuard&) = delete;
+  NumericsGuard& operator=(const NumericsGuard&) = delete;
+
+ private:
+  struct Guards;
+  Guards* guards_;
+};
+
+/// (L) bool: every entry of a layer's tensor is finite.
+at::Tensor finite_layers(const at::Tensor& x);
+
+/// Rows of `yes` where mask (L) holds, else of `no`.
+at::Tensor select_layers(const at::Tensor& mask, const at::Tensor& yes, const at::Tensor& no);
+
+/// (L) reshaped to broadcast over a (L, ., .) tensor.
+inline at::Tensor as_column(const at::Tensor& x) { return x.unsqueeze(-1).unsqueeze(-1); }
+
+/// Sum of x * y over all but the layer dimension.
+at::Tensor inner(const at::Tensor& x, const at::Tensor& y);
+
+struct Cholesky {
+  at::Tensor factor;  // (L, r, r) lower
+  at::Tensor ok;      // (L) bool; elsewhere factor = I
+};
+
+/// Cholesky of a symmetric matrix with the ladder of cpp/README.md, section 6: plain, then with relative
+/// jitter 10, 100, 1000 times `eps` on the diagonal. Non-finite input comes out as not ok.
+Cholesky robust_cholesky(const at::Tensor& gram, double eps);
+
+/// Inverse from a lower Cholesky factor.
+at::Tensor cholesky_inverse(const at::Tensor& factor);
+
+struct Eigh {
+  at::Tensor values;   // (L, r) ascending
+  at::Tensor vectors;  // (L, r, r)
+};
+
+/// Symmetric eigendecomposition; layers with non-finite input are decomposed as I (mask beforehand).
+Eigh symmetric_eigh(const at::Tensor& matrix);
+
+struct Orthonormal {
+  at::Tensor basis;      // (L, d, k)
+  at::Tensor transform;  // (L, k, k) float64: basis = input @ transform
+  at::Tensor ok;         // (L) bool
+};
+
+/// CholeskyQR2 with column scaling (Yamamoto et al. 2015): two passes, each one Gram and one product.
+Orthonormal orthonormalize(const at::Tensor& columns);
+
+}  // namespace ctrlora::detail

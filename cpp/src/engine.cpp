@@ -1,0 +1,319 @@
+#include "ctrlora/engine.h"
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <set>
+#include <tuple>
+
+#include "ctrlora/trust_region.h"
+#include "ctrlora/version.h"
+#include "detail/check.h"
+#include "detail/fallback.h"
+#include "detail/tensor_math.h"
+
+namespace ctrlora {
+
+/// One group that takes part in this step, with its settings and what it would do.
+struct Engine::Move {
+  LayerGroup* group;
+  const GroupSettings* settings;
+  Proposal proposal;
+};
+
+// Half the quartics' sum at the lengths found so far, as one quartic in the common factor phi.
+Quartic Engine::predicted_kl(const std::vector<Move>& moves) {
+  std::vector<at::Tensor> c2, c3, c4;
+  for (const Move& move : moves) {
+    const at::Tensor& f = move.proposal.length;
+    const at::Tensor counted = move.proposal.ok.logical_and(move.group->factors().absolute);
+    const Quartic& norm = move.proposal.fisher_norm;
+    const auto half = [&](const at::Tensor& c, int power) {
+      return at::where(counted, 0.5 * c * f.pow(power), at::zeros({}, f.options())).to(at::kDouble);
+    };
+    const at::Device home = moves.front().proposal.length.device();
+    c2.push_back(half(norm.c2, 2).to(home));
+    c3.push_back(half(norm.c3, 3).to(home));
+    c4.push_back(half(norm.c4, 4).to(home));
+  }
+  return {at::cat(c2).sum(0, true), at::cat(c3).sum(0, true), at::cat(c4).sum(0, true)};
+}
+
+struct Engine::StepReport {
+  at::Tensor predicted_kl;  // (1) before the Fisher ball
+  at::Tensor shrink;        // (1) phi
+  std::vector<at::Tensor> relative_change, predicted_decrease;
+  double kl_radius = 0.0;
+};
+
+Engine::Engine(const Options& options)
+    : options_(options), report_(std::make_unique<StepReport>()) {
+  options_.validate();
+  sampler_ = std::make_shared<RowSampler>(options_.sample_rows, options_.seed);
+}
+
+Engine::~Engine() = default;
+
+void Engine::add_pairs(const std::vector<LoraPair>& pairs, int64_t group) {
+  std::set<const c10::TensorImpl*> known;
+  for (const auto& existing : groups_) {
+    for (const LoraPair& pair : existing->pairs()) {
+      known.insert({pair.a.unsafeGetTensorImpl(), pair.b.unsafeGetTensorImpl()});
+    }
+  }
+  using Shape = std::tuple<int64_t, int64_t, int64_t, at::ScalarType, std::string>;
+  std::vector<Shape> order;
+  std::map<Shape, std::vector<LoraPair>> sorted;
+  for (const LoraPair& pair : pairs) {
+    pair.validate();
+    for (const at::Tensor* tensor : {&pair.a, &pair.b}) {
+      CTRLORA_CHECK(known.insert(tensor->unsafeGetTensorImpl()).second, "ctrlora::Engine::add_pairs",
+                    "pair '", pair.name, "': a tensor of shape ", tensor->sizes(),
+                    " is trained here already. Remedy: pass every parameter once.");
+    }
+    const Shape shape{pair.out_features(), pair.in_features(), pair.rank(), pair.a.scalar_type(),
+                      pair.a.device().str()};
+    if (sorted.find(shape) == sorted.end()) {
+      order.push_back(shape);
+    }
+    sorted[shape].push_back(pair);
+  }
+  for (const Shape& shape : order) {
+    groups_.push_back(std::make_shared<LayerGroup>(sorted[shape], group, options_, sampler_));
+    LayerGroup::connect(groups_.back());
+  }
+}
+
+void Engine::add_fallback(const std::vector<at::Tensor>& params, int64_t group) {
+  if (!params.empty()) {
+    fallbacks_.push_back(std::make_unique<detail::AdamW>(params, group));
+  }
+}
+
+void Engine::step(const std::vector<GroupSettings>& settings) {
+  const detail::NumericsGuard guard;
+  const std::vector<const GroupSettings*> by_group = checked(settings);
+  std::vector<Move> moves;
+  double ratio = 0.0;
+  for (const auto& group : groups_) {
+    const GroupSettings& own = *by_group[static_cast<size_t>(group->group())];
+    if (own.lr == 0.0) {
+      group->drop_observations();
+      continue;
+    }
+    group->bind();
+    group->update_momentum();
+    side_stream_.submit([&] { group->commit_observations(); });
+    side_stream_.join();
+    moves.push_back({group.get(), &own, group->propose(own)});
+    ratio = std::max(ratio, own.initial_lr > 0.0 ? std::min(1.0, own.lr / own.initial_lr) : 1.0);
+  }
+  if (!moves.empty()) {
+    const at::Tensor shrink = fisher_ball(moves, ratio);
+    for (const Move& move : moves) {
+      move.group->apply(move.proposal, shrink, *move.settings);
+      move.group->finish();
+    }
+    ++steps_;
+    sampler_->set_step(steps_);
+    if (steps_ % options_.balance_every == 0) {
+      retire_failed_layers();
+    }
+  }
+  for (const auto& fallback : fallbacks_) {
+    fallback->step(fallback_settings(*fallback, by_group), options_.maximize);
+  }
+}
+
+at::Tensor Engine::fisher_ball(const std::vector<Move>& moves, double ratio) {
+  const Quartic kl = predicted_kl(moves);
+  const at::Tensor one = at::ones({1}, kl.c2.options());
+  report_->kl_radius = options_.kl_radius * ratio * ratio;
+  report_->predicted_kl = kl(one);
+  report_->shrink =
+      std::isinf(options_.kl_radius)
+          ? one
+          : inside_ball(kl, at::full({1}, std::sqrt(report_->kl_radius), one.options()), one);
+  report_->relative_change.clear();
+  report_->predicted_decrease.clear();
+  for (const Move& move : moves) {
+    const Proposal& proposal = move.proposal;
+    const at::Tensor f = proposal.length * report_->shrink.to(proposal.length.device());
+    const at::Tensor base = proposal.radius / move.settings->lr;
+    report_->relative_change.push_back(
+        at::where(proposal.ok, proposal.output_norm(f).clamp_min(0).sqrt() / base,
+                  at::zeros_like(f)));
+    report_->predicted_decrease.push_back(at::where(
+        proposal.ok, proposal.step.predicted_decrease * f, at::zeros_like(f)));
+  }
+  return report_->shrink;
+}
+
+std::vector<const GroupSettings*> Engine::checked(const std::vector<GroupSettings>& settings) const {
+  std::vector<const GroupSettings*> out;
+  for (const GroupSettings& own : settings) {
+    own.validate();
+    out.push_back(&own);
+  }
+  const auto known = [&](int64_t group) {
+    return group >= 0 && group < static_cast<int64_t>(settings.size());
+  };
+  const bool complete =
+      std::all_of(groups_.begin(), groups_.end(), [&](const auto& g) { return known(g->group()); }) &&
+      std::all_of(fallbacks_.begin(), fallbacks_.end(),
+                  [&](const auto& f) { return known(f->group()); });
+  CTRLORA_CHECK(complete, "ctrlora::Engine::step", "expected settings for every parameter group; got ",
+                settings.size(), ".");
+  return out;
+}
+
+GroupSettings Engine::fallback_settings(
+    const detail::AdamW& fallback, const std::vector<const GroupSettings*>& by_group) const {
+  GroupSettings own = *by_group[static_cast<size_t>(fallback.group())];
+  if (fallback.retired) {  // follows the pairs' schedule at AdamW's scale
+    own.lr = own.initial_lr > 0.0 ? options_.fallback_lr * own.lr / own.initial_lr : 0.0;
+  }
+  return own;
+}
+
+void Engine::retire_failed_layers() {
+  for (const auto& group : groups_) {
+    for (const LoraPair& pair : group->take_failed()) {
+      retired_.push_back(pair.name);
+      fallbacks_.push_back(std::make_unique<detail::AdamW>(
+          std::vector<at::Tensor>{pair.a, pair.b}, group->group()));
+      fallbacks_.back()->retired = true;
+      TORCH_WARN("[ctrlora::Engine] layer '", pair.name, "' failed ", options_.max_misses,
+                 " times in a row; AdamW trains it from now on.");
+    }
+  }
+}
+
+void Engine::set_loss_scale(double loss_scale) {
+  options_.loss_scale = loss_scale;
+  options_.validate();
+  for (const auto& group : groups_) {
+    group->set_loss_scale(loss_scale);
+  }
+}
+
+std::map<std::string, double> Engine::metrics() const {
+  const detail::NumericsGuard guard;
+  std::map<std::string, double> out = {{"steps", static_cast<double>(steps_)},
+                                       {"retired", static_cast<double>(retired_.size())}};
+  int64_t skipped = 0;
+  int64_t misses = 0;
+  double captured_input = 0.0;
+  double captured_output = 0.0;
+  int64_t layers = 0;
+  for (const auto& group : groups_) {
+    skipped += group->skipped().sum().item<int64_t>();
+    misses += group->misses().sum().item<int64_t>() + group->factors().misses.sum().item<int64_t>();
+    captured_input += group->factors().input.captured_share().sum().item<double>();
+    captured_output += group->factors().output.captured_share().sum().item<double>();
+    layers += group->layers();
+  }
+  for (const auto& fallback : fallbacks_) {
+    skipped += fallback->skipped.item<int64_t>();
+  }
+  out["skipped"] = static_cast<double>(skipped);
+  out["misses"] = static_cast<double>(misses);
+  if (layers > 0) {
+    out["captured_input"] = captured_input / static_cast<double>(layers);
+    out["captured_output"] = captured_output / static_cast<double>(layers);
+  }
+  if (report_->shrink.defined()) {
+    out["predicted_kl"] = report_->predicted_kl.item<double>();
+    out["kl_radius"] = report_->kl_radius;
+    out["kl_shrink"] = report_->shrink.item<double>();
+    double decrease = 0.0;
+    double mean = 0.0;
+    double largest = 0.0;
+    for (size_t i = 0; i < report_->relative_change.size(); ++i) {
+      decrease += report_->predicted_decrease[i].sum().item<double>();
+      mean += report_->relative_change[i].sum().item<double>();
+      largest = std::max(largest, report_->relative_change[i].max().item<double>());
+    }
+    out["predicted_decrease"] = decrease;
+    out["output_change_mean"] = layers > 0 ? mean / static_cast<double>(layers) : 0.0;
+    out["output_change_max"] = largest;
+  }
+  return out;
+}
+
+std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
+  std::vector<std::pair<std::string, at::Tensor>> out;
+  const auto number = [](int64_t value) { return at::full({1}, value, at::kLong); };
+  out.emplace_back("version", number(kStateVersion));
+  out.emplace_back("steps", number(steps_));
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const std::string prefix = "group" + std::to_string(i) + ".";
+    out.emplace_back(prefix + "age", number(groups_[i]->age()));
+    for (const auto& [name, tensor] : groups_[i]->named_tensors()) {
+      out.emplace_back(prefix + name, tensor);
+    }
+  }
+  for (size_t i = 0; i < fallbacks_.size(); ++i) {
+    for (const auto& [name, tensor] : fallbacks_[i]->named_tensors()) {
+      out.emplace_back("fallback" + std::to_string(i) + "." + name, tensor);
+    }
+  }
+  return out;
+}
+
+void Engine::load(const std::map<std::string, at::Tensor>& tensors) {
+  const detail::NumericsGuard guard;
+  constexpr const char* kWhere = "ctrlora::Engine::load";
+  const auto version = tensors.find("version");
+  CTRLORA_CHECK(version != tensors.end() && version->second.item<int64_t>() == kStateVersion, kWhere,
+                "expected state of format version ", kStateVersion, "; got ",
+                version == tensors.end() ? std::string("none")
+                                         : std::to_string(version->second.item<int64_t>()),
+                ". Remedy: load it with the release that wrote it.");
+  const auto own = named_tensors();
+  std::string difference;
+  std::set<std::string> names;
+  for (const auto& [name, tensor] : own) {
+    names.insert(name);
+    const auto given = tensors.find(name);
+    if (given == tensors.end()) {
+      difference += "\n  missing " + name;
+    } else if (given->second.sizes() != tensor.sizes()) {
+      difference += c10::str("\n  ", name, ": expected ", tensor.sizes(), "; got ",
+                             given->second.sizes());
+    }
+  }
+  for (const auto& item : tensors) {
+    if (names.count(item.first) == 0) {
+      difference += "\n  unexpected " + item.first;
+    }
+  }
+  CTRLORA_CHECK(difference.empty(), kWhere,
+                "the state belongs to another set of layers or other options:", difference);
+  for (const auto& [name, tensor] : own) {
+    tensor.copy_(tensors.at(name));
+  }
+  steps_ = tensors.at("steps").item<int64_t>();
+  sampler_->set_step(steps_);
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    groups_[i]->after_load(
+        tensors.at("group" + std::to_string(i) + ".age").item<int64_t>());
+  }
+}
+
+int64_t Engine::state_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& item : named_tensors()) {
+    bytes += static_cast<int64_t>(item.second.nbytes());
+  }
+  return bytes;
+}
+
+}  // namespace ctrlora

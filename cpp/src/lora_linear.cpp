@@ -1,0 +1,130 @@
+#include "ctrlora/lora_linear.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "detail/check.h"
+
+namespace ctrlora {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+at::Tensor rows(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}); }
+
+// Saved: rows of the inputs (N, n), a, b in the compute dtype and, with the base inside, its weight.
+struct LoraFunction : torch::autograd::Function<LoraFunction> {
+  /// weight undefined: `base` is the base's output; else it is the bias (perhaps undefined).
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& inputs, const at::Tensor& weight,
+                            const at::Tensor& base, const at::Tensor& a, const at::Tensor& b,
+                            double scaling, std::shared_ptr<ObservationSlot> slot) {
+    const at::ScalarType dtype = inputs.scalar_type();
+    const at::Tensor x = rows(inputs);
+    const at::Tensor a_cast = a.to(dtype);
+    const at::Tensor b_cast = b.to(dtype);
+    at::Tensor y = weight.defined() ? at::linear(x, weight, base) : rows(base).clone();
+    std::shared_ptr<Capture> capture;
+    if (slot != nullptr && slot->wanted()) {
+      capture = slot->capture(inputs, y);
+    }
+    const at::Tensor z = at::mm(x, a_cast.t());
+    if (y.scalar_type() == dtype) {
+      y.addmm_(z, b_cast.t(), 1, scaling);
+    } else {
+      y.add_(at::mm(z, b_cast.t()), scaling);
+    }
+    ctx->save_for_backward({x, weight, a, b});
+    ctx->saved_data["scaling"] = scaling;
+    ctx->saved_data["sizes"] = inputs.sizes();
+    if (capture != nullptr) {
+      ctx->saved_data["capture"] =
+          c10::IValue::make_capsule(c10::make_intrusive<CaptureHolder>(capture));
+    }
+    std::vector<int64_t> shape = inputs.sizes().vec();
+    shape.back() = b.size(0);
+    return y.view(shape);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor& x = saved[0];
+    const at::Tensor& weight = saved[1];
+    const double scaling = ctx->saved_data["scaling"].toDouble();
+    const auto capture = ctx->saved_data.find("capture");
+    if (capture != ctx->saved_data.end()) {
+      static_cast<CaptureHolder*>(capture->second.toCapsule().get())->capture->complete(grads[0]);
+    }
+    const at::Tensor g_out = rows(grads[0]);
+    const at::Tensor g = g_out.to(x.scalar_type());
+    const at::Tensor a = saved[2].to(x.scalar_type());
+    const at::Tensor b = saved[3].to(x.scalar_type());
+    const at::Tensor gz = at::mm(g, b) * scaling;
+
+    variable_list out(7);
+    if (ctx->needs_input_grad(0)) {
+      at::Tensor gx = weight.defined() ? at::mm(g, weight).addmm_(gz, a) : at::mm(gz, a);
+      out[0] = gx.view(ctx->saved_data["sizes"].toIntVector());
+    }
+    if (!weight.defined() && ctx->needs_input_grad(1)) {
+      out[2] = grads[0];
+    }
+    out[3] = at::mm(gz.t(), x).to(saved[2].scalar_type());
+    out[4] = (at::mm(g.t(), at::mm(x, a.t())) * scaling).to(saved[3].scalar_type());
+    return out;
+  }
+
+  struct CaptureHolder : torch::CustomClassHolder {
+    explicit CaptureHolder(std::shared_ptr<Capture> c) : capture(std::move(c)) {}
+    std::shared_ptr<Capture> capture;
+  };
+};
+
+void check_shapes(const char* where, const at::Tensor& inputs, const at::Tensor& a,
+                  const at::Tensor& b, int64_t in_features, int64_t out_features) {
+  CTRLORA_CHECK(inputs.dim() >= 1 && a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(1) &&
+                    inputs.size(-1) == in_features && a.size(1) == in_features &&
+                    b.size(0) == out_features,
+                where, "expected inputs (..., n), a (r, n), b (m, r) with n = ", in_features,
+                ", m = ", out_features, "; got inputs ", inputs.sizes(), ", a ", a.sizes(), ", b ",
+                b.sizes(), ".");
+}
+
+}  // namespace
+
+at::Tensor lora_linear(const at::Tensor& inputs, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias, const at::Tensor& a,
+                       const at::Tensor& b, double scaling,
+                       const std::shared_ptr<ObservationSlot>& slot, bool transposed) {
+  const at::Tensor frozen = transposed ? weight.detach().t() : weight.detach();
+  CTRLORA_CHECK(weight.dim() == 2, "ctrlora::lora_linear", "expected a 2-d weight; got ",
+                weight.sizes(), ".");
+  check_shapes("ctrlora::lora_linear", inputs, a, b, frozen.size(1), frozen.size(0));
+  const at::Tensor frozen_bias = bias.has_value() ? bias->detach() : at::Tensor();
+  const at::DeviceType device = inputs.device().type();
+  if (at::autocast::is_autocast_enabled(device)) {
+    const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
+    const at::Tensor cast_bias =
+        frozen_bias.defined() ? at::autocast::cached_cast(dtype, frozen_bias, device) : frozen_bias;
+    const at::Tensor cast_inputs = at::autocast::cached_cast(dtype, inputs, device);
+    const at::Tensor cast_weight = at::autocast::cached_cast(dtype, frozen, device);
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    return LoraFunction::apply(cast_inputs, cast_weight, cast_bias, a, b, scaling, slot);
+  }
+  return LoraFunction::apply(inputs, frozen, frozen_bias, a, b, scaling, slot);
+}
+
+at::Tensor lora_delta(const at::Tensor& inputs, const at::Tensor& base_output, const at::Tensor& a,
+                      const at::Tensor& b, double scaling,
+                      const std::shared_ptr<ObservationSlot>& slot) {
+  check_shapes("ctrlora::lora_delta", inputs, a, b, inputs.size(-1), base_output.size(-1));
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return LoraFunction::apply(inputs.to(base_output.scalar_type()), at::Tensor(), base_output, a, b,
+                             scaling, slot);
+}
+
+}  // namespace ctrlora

@@ -1,0 +1,178 @@
+#include "ctrlora/low_rank_eigen.h"
+
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/linalg_solve_triangular.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <cmath>
+
+#include "detail/check.h"
+#include "detail/philox.h"
+#include "detail/tall_skinny.h"
+#include "detail/tensor_math.h"
+
+namespace ctrlora {
+
+using detail::as_column;
+using detail::select_layers;
+
+PowerCoefficients PowerCoefficients::slice(int64_t begin, int64_t end) const {
+  return {tail.slice(0, begin, end), diag.slice(0, begin, end)};
+}
+
+LowRankEigen::LowRankEigen(int64_t layers, int64_t size, int64_t sketch_rank,
+                           const at::TensorOptions& options) {
+  CTRLORA_CHECK(layers >= 1 && sketch_rank >= 1 && sketch_rank <= size, "ctrlora::LowRankEigen",
+                "expected layers >= 1 and 1 <= sketch_rank <= size; got layers = ", layers,
+                ", sketch_rank = ", sketch_rank, ", size = ", size, ".");
+  const at::TensorOptions small = options.dtype(at::kDouble);
+  basis_ = at::zeros({layers, size, sketch_rank}, options);
+  eigenvalues_ = at::ones({layers, sketch_rank}, small);
+  trace_ = at::full({layers}, static_cast<double>(size), small);
+}
+
+LowRankEigen LowRankEigen::slice(int64_t begin, int64_t end) const {
+  LowRankEigen view;
+  view.basis_ = basis_.slice(0, begin, end);
+  view.eigenvalues_ = eigenvalues_.slice(0, begin, end);
+  view.trace_ = trace_.slice(0, begin, end);
+  return view;
+}
+
+void LowRankEigen::start_basis(const at::Tensor& rows, const at::Tensor& where, uint64_t seed) {
+  const at::TensorOptions options = basis_.options();
+  if (sketch_rank() == size()) {
+    basis_.copy_(select_layers(where, at::eye(size(), options).expand_as(basis_), basis_));
+    return;
+  }
+  // One power iteration of its own. The small Gaussian part completes the basis where the rows span
+  // fewer than k directions.
+  const at::Tensor mix =
+      detail::philox_normal(seed, 1, {1, rows.size(1), sketch_rank()}, options);
+  const at::Tensor filler = detail::philox_normal(seed, 2, {1, size(), sketch_rank()}, options);
+  at::Tensor columns = at::matmul(rows.mT(), mix);
+  const at::Tensor norm = columns.norm(2, {1}, /*keepdim=*/true);
+  columns = columns / norm.clamp_min(1e-30) + filler * (0.03 / std::sqrt(size()));
+  const detail::Orthonormal start = detail::orthonormalize(columns);
+  basis_.copy_(select_layers(start.ok.logical_and(where), start.basis, basis_));
+}
+
+FactorSketch LowRankEigen::sketch(const at::Tensor& rows, const at::Tensor& row_weights) const {
+  const at::Tensor coordinates = at::bmm(rows, basis_);  // (L, R, k)
+  const at::Tensor weights = row_weights.to(rows.scalar_type()).unsqueeze(-1);
+  FactorSketch sums;
+  sums.product = at::bmm(rows.mT(), coordinates * weights);
+  sums.trace = (rows.square().sum(-1, /*keepdim=*/false, at::kDouble) * row_weights).sum(-1);
+  sums.weight = row_weights.sum(-1);
+  return sums;
+}
+
+at::Tensor LowRankEigen::update(const FactorSketch& sketch, const at::Tensor& keep,
+                                const at::Tensor& scale) {
+  const at::ScalarType dtype = basis_.scalar_type();
+  const double eps = dtype == at::kDouble ? 1e-15 : 1e-7;
+  at::Tensor live = (sketch.weight > 0)
+                        .logical_and(sketch.trace > 0)
+                        .logical_and(keep < 1)
+                        .logical_and(detail::finite_layers(sketch.product))
+                        .logical_and((sketch.trace * scale / sketch.weight).isfinite());
+  const at::Tensor fresh =
+      at::where(live, (1 - keep) * scale / sketch.weight, at::zeros_like(keep));
+  const at::Tensor old = at::where(live, keep, at::ones_like(keep));
+
+  // Y = F U, K = U^T F U for the averaged factor F.
+  const at::Tensor product =
+      basis_ * (old.unsqueeze(-1) * eigenvalues_).unsqueeze(1).to(dtype) +
+      select_layers(live, sketch.product, at::zeros_like(sketch.product)) *
+          as_column(fresh).to(dtype);
+  const at::Tensor trace =
+      old * trace_ + fresh * at::where(live, sketch.trace, at::zeros_like(trace_));
+  at::Tensor core = detail::tall_gram(basis_, product);
+  core = (core + core.mT()) * 0.5;
+
+  at::Tensor basis, values;
+  if (sketch_rank() == size()) {  // complete basis: K is the factor itself
+    const detail::Eigh eigh = detail::symmetric_eigh(core);
+    live = live.logical_and(detail::finite_layers(core));
+    basis = at::bmm(basis_, eigh.vectors.to(dtype));
+    values = eigh.values;
+  } else {
+    // Columns of F U + mu U, near orthonormal once scaled by 1 / (K_jj + mu); mu is the damping's size:
+    // what lies below it need not be told apart.
+    const at::Tensor mu = 0.01 * trace / static_cast<double>(size());
+    const at::Tensor unit = 1 / (core.diagonal(0, -2, -1).clamp_min(0) + mu.unsqueeze(-1));
+    const at::Tensor columns =
+        (product + basis_ * as_column(mu).to(dtype)) * unit.unsqueeze(1).to(dtype);
+    const detail::Orthonormal range = detail::orthonormalize(columns);
+    // Nystrom: Y K^-1 Y^T in the new basis, T = Q^T Y.
+    const at::Tensor projected = detail::tall_gram(range.basis, product);
+    const at::Tensor shift = core.diagonal(0, -2, -1).mean(-1) * eps;
+    const detail::Cholesky cholesky = detail::robust_cholesky(
+        core + as_column(shift) * at::eye(sketch_rank(), core.options()), eps);
+    const at::Tensor half =
+        at::linalg_solve_triangular(cholesky.factor, projected.mT(), /*upper=*/false);
+    const at::Tensor inside = at::bmm(half.mT(), half);
+    const detail::Eigh eigh = detail::symmetric_eigh(inside);
+    live = live.logical_and(range.ok).logical_and(cholesky.ok).logical_and(
+        detail::finite_layers(inside));
+    basis = at::bmm(range.basis, eigh.vectors.to(dtype));
+    values = eigh.values;
+  }
+  basis_.copy_(select_layers(live, basis, basis_));
+  eigenvalues_.copy_(select_layers(live, values.clamp_min(0), eigenvalues_));
+  trace_.copy_(at::where(live, trace, trace_));
+  return (fresh > 0).logical_and(live.logical_not());
+}
+
+at::Tensor LowRankEigen::tail() const {
+  const int64_t rest = size() - sketch_rank();
+  if (rest == 0) {
+    return at::zeros_like(trace_);
+  }
+  return ((trace_ - eigenvalues_.sum(-1)) / static_cast<double>(rest)).clamp_min(0);
+}
+
+PowerCoefficients LowRankEigen::power(double exponent, double damping) const {
+  // The absolute floor keeps a dead factor's inverse powers finite.
+  const at::Tensor lambda =
+      damping == 0.0 ? at::zeros_like(trace_)
+                     : trace_ * (damping / static_cast<double>(size())) + 1e-60;
+  const at::Tensor rest = (tail() + lambda).pow(exponent);
+  return {rest, (eigenvalues_ + lambda.unsqueeze(-1)).pow(exponent) - rest.unsqueeze(-1)};
+}
+
+at::Tensor LowRankEigen::apply_power(const at::Tensor& v, double exponent, double damping) const {
+  const PowerCoefficients power_of = power(exponent, damping);
+  const at::ScalarType dtype = basis_.scalar_type();
+  const at::Tensor coordinates = at::bmm(basis_.mT(), v);
+  return v * as_column(power_of.tail).to(dtype) +
+         at::bmm(basis_, coordinates * power_of.diag.unsqueeze(-1).to(dtype));
+}
+
+at::Tensor LowRankEigen::captured_share() const {
+  return (eigenvalues_.sum(-1) / trace_).clamp(0, 1);
+}
+
+at::Tensor LowRankEigen::to_dense() const {
+  const at::Tensor identity = at::eye(size(), basis_.options()).expand({layers(), size(), size()});
+  return apply_power(identity, 1.0, 0.0);
+}
+
+std::vector<std::pair<std::string, at::Tensor>> LowRankEigen::named_tensors() const {
+  return {{"basis", basis_}, {"eigenvalues", eigenvalues_}, {"trace", trace_}};
+}
+
+void LowRankEigen::to(const at::TensorOptions& options) {
+  basis_ = basis_.to(options);
+  eigenvalues_ = eigenvalues_.to(options.device());
+  trace_ = trace_.to(options.device());
+}
+
+}  // namespace ctrlora

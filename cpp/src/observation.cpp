@@ -1,0 +1,120 @@
+#include "ctrlora/observation.h"
+
+#include <ATen/ops/arange.h>
+#include <ATen/ops/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "detail/philox.h"
+#include "detail/tensor_math.h"
+
+namespace ctrlora {
+
+void RowSampler::set_step(int64_t step) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  step_ = step;
+  cached_rows_ = -1;
+  last_ = {};
+}
+
+at::Tensor RowSampler::sample(int64_t rows, int64_t micro_batch, at::Device device) {
+  if (rows <= sample_rows_) {
+    return {};
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (rows != cached_rows_ || micro_batch != cached_micro_batch_ || cached_.device() != device) {
+    // One stream of the generator per (step, micro-batch).
+    const uint64_t stream = (static_cast<uint64_t>(step_) << 20U) + static_cast<uint64_t>(micro_batch);
+    const std::vector<double> offset = detail::philox_uniform(seed_, stream, sample_rows_);
+    std::vector<int64_t> picked(offset.size());
+    const double stride = static_cast<double>(rows) / static_cast<double>(sample_rows_);
+    for (size_t i = 0; i < picked.size(); ++i) {
+      const double row = (static_cast<double>(i) + offset[i]) * stride;
+      picked[i] = std::min(static_cast<int64_t>(row), rows - 1);
+    }
+    cached_ = at::tensor(picked, at::kLong).to(device, /*non_blocking=*/true);
+    cached_rows_ = rows;
+    cached_micro_batch_ = micro_batch;
+  }
+  return cached_;
+}
+
+at::Tensor RowSampler::rows_of(const at::Tensor& inputs, const at::Tensor& flat,
+                               const at::Tensor& rows) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const bool same = last_.rows.defined() && !last_.source.expired() &&
+                    last_.source._unsafe_get_target() == inputs.unsafeGetTensorImpl() &&
+                    last_.version == inputs._version() && last_.index.is_same(rows);
+  if (!same) {
+    last_ = {WeakTensor(inputs.getIntrusivePtr()), static_cast<int64_t>(inputs._version()), rows,
+             rows.defined() ? flat.index_select(0, rows) : flat.clone()};
+  }
+  return last_.rows;
+}
+
+void ObservationSlot::connect(const std::weak_ptr<ObservationSink>& sink, int64_t layer) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  sink_ = sink;
+  layer_ = layer;
+}
+
+std::shared_ptr<Capture> ObservationSlot::capture(const at::Tensor& inputs,
+                                                  const at::Tensor& base_output) {
+  std::shared_ptr<ObservationSink> sink;
+  int64_t layer = -1;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    sink = sink_.lock();
+    layer = layer_;
+  }
+  if (sink == nullptr || inputs.numel() == 0 || inputs.dim() < 1) {
+    return nullptr;
+  }
+  const detail::NumericsGuard guard;
+  const at::Tensor flat = inputs.detach().reshape({-1, inputs.size(-1)});
+  auto capture = std::make_shared<Capture>();
+  capture->slot_ = weak_from_this();
+  capture->total_rows_ = flat.size(0);
+  capture->rows_ =
+      sink->sampler().sample(flat.size(0), sink->micro_batch(layer), inputs.device());
+  Observation& observation = capture->observation_;
+  observation.inputs = sink->sampler().rows_of(inputs, flat, capture->rows_);
+  observation.row_weight =
+      static_cast<double>(flat.size(0)) / static_cast<double>(observation.inputs.size(0));
+  observation.sequences = inputs.dim() >= 3 ? flat.size(0) / inputs.size(-2) : flat.size(0);
+  if (base_output.defined() && base_output.numel() / base_output.size(-1) == flat.size(0)) {
+    at::Tensor base = base_output.detach().reshape({flat.size(0), -1});
+    base = capture->rows_.defined() ? base.index_select(0, capture->rows_) : base;
+    observation.base_square = base.to(at::promoteTypes(base.scalar_type(), at::kFloat)).square().sum(-1);
+  }
+  return capture;
+}
+
+void Capture::complete(const at::Tensor& output_grad) {
+  const std::shared_ptr<ObservationSlot> slot = slot_.lock();
+  if (done_ || slot == nullptr || !output_grad.defined() ||
+      output_grad.numel() != total_rows_ * output_grad.size(-1)) {
+    return;
+  }
+  done_ = true;
+  const detail::NumericsGuard guard;
+  const at::Tensor flat = output_grad.detach().reshape({total_rows_, output_grad.size(-1)});
+  observation_.output_grads = rows_.defined() ? flat.index_select(0, rows_) : flat;
+  std::shared_ptr<ObservationSink> sink;
+  int64_t layer = -1;
+  {
+    const std::lock_guard<std::mutex> lock(slot->mutex_);
+    sink = slot->sink_.lock();
+    layer = slot->layer_;
+  }
+  if (sink != nullptr) {
+    sink->observe(layer, observation_);
+    slot->observations_.fetch_add(1);
+  }
+  observation_ = {};
+  rows_.reset();
+}
+
+}  // namespace ctrlora

@@ -1,0 +1,48 @@
+#include "ctrlora/options.h"
+
+#include <cmath>
+
+#include "detail/check.h"
+
+namespace ctrlora {
+
+// The value and the rule in one message: "[ctrlora::Options] damping = 0. Violated constraint: damping > 0."
+#define CTRLORA_RULE(where, name, rule) \
+  CTRLORA_CHECK(rule, where, #name " = ", name, ". Violated constraint: " #rule ".")
+
+void Options::validate() const {
+  constexpr const char* kWhere = "ctrlora::Options";
+  CTRLORA_RULE(kWhere, sketch_rank, sketch_rank >= 1);
+  CTRLORA_RULE(kWhere, sample_rows, sample_rows >= 1);
+  CTRLORA_RULE(kWhere, factor_every, factor_every >= 1);
+  CTRLORA_RULE(kWhere, factor_warmup_steps, factor_warmup_steps >= 0);
+  CTRLORA_RULE(kWhere, factor_beta, factor_beta >= 0.0 && factor_beta < 1.0);
+  CTRLORA_RULE(kWhere, damping, damping > 0.0 && std::isfinite(damping));
+  CTRLORA_RULE(kWhere, whitening, whitening >= 0.0 && whitening <= 1.0);
+  CTRLORA_RULE(kWhere, dense_limit, dense_limit >= 1);
+  CTRLORA_RULE(kWhere, loss_terms, loss_terms >= kLossTermsSequences);
+  CTRLORA_RULE(kWhere, loss_reduction, loss_reduction == "mean" || loss_reduction == "sum");
+  CTRLORA_RULE(kWhere, loss_scale, loss_scale > 0.0 && std::isfinite(loss_scale));
+  CTRLORA_RULE(kWhere, beta1, beta1 >= 0.0 && beta1 < 1.0);
+  CTRLORA_RULE(kWhere, gram_floor, gram_floor > 0.0 && gram_floor < 1.0);
+  CTRLORA_RULE(kWhere, kl_radius, kl_radius > 0.0);
+  CTRLORA_RULE(kWhere, rms_beta, rms_beta >= 0.0 && rms_beta < 1.0);
+  CTRLORA_RULE(kWhere, step_length, step_length == "rms" || step_length == "radius");
+  CTRLORA_RULE(kWhere, balance_every, balance_every >= 1);
+  CTRLORA_RULE(kWhere, max_misses, max_misses >= 1);
+  CTRLORA_RULE(kWhere, fallback_lr, fallback_lr >= 0.0 && std::isfinite(fallback_lr));
+}
+
+void GroupSettings::validate() const {
+  constexpr const char* kWhere = "ctrlora::GroupSettings";
+  CTRLORA_RULE(kWhere, lr, lr >= 0.0 && std::isfinite(lr));
+  CTRLORA_RULE(kWhere, initial_lr, initial_lr >= 0.0 && std::isfinite(initial_lr));
+  CTRLORA_RULE(kWhere, weight_decay, weight_decay >= 0.0 && std::isfinite(weight_decay));
+  CTRLORA_RULE(kWhere, beta1, beta1 >= 0.0 && beta1 < 1.0);
+  CTRLORA_RULE(kWhere, beta2, beta2 >= 0.0 && beta2 < 1.0);
+  CTRLORA_RULE(kWhere, eps, eps >= 0.0 && std::isfinite(eps));
+}
+
+#undef CTRLORA_RULE
+
+}  // namespace ctrlora

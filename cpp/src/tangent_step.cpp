@@ -1,0 +1,144 @@
+#include "ctrlora/tangent_step.h"
+
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/diag_embed.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "detail/tall_skinny.h"
+#include "detail/tensor_math.h"
+
+namespace ctrlora {
+
+using at::bmm;
+using detail::as_column;
+
+namespace {
+
+// Far below any Gram of a trained adapter, far above float64's smallest number: the floor at B = 0.
+constexpr double kAbsoluteFloor = 1e-60;
+
+at::Tensor times_diagonal(const at::Tensor& diagonal, const at::Tensor& matrix) {
+  return diagonal.unsqueeze(-1) * matrix;
+}
+
+at::Tensor trace_of_product(const at::Tensor& x, const at::Tensor& y) {
+  return detail::inner(x, y.mT());
+}
+
+// X1, X2, X3 of one side. unwhiten: F_-gamma; z: -Gram^-1 / s^2 on the right; h: the other side's inverse
+// Gram role, P^-1 for B and Q^-1 for A.
+SideStep side_step(const SideProducts& products, const PowerCoefficients& unwhiten,
+                   const at::Tensor& z, const at::Tensor& h) {
+  return {as_column(unwhiten.tail) * z, bmm(times_diagonal(unwhiten.diag, products.um), z),
+          bmm(bmm(h, products.wm), z) * -0.5};
+}
+
+// <M, delta> for delta = M X1 + U X2 + W X3.
+at::Tensor slope(const SideProducts& products, const SideStep& step) {
+  return detail::inner(products.mm, step.momentum) + detail::inner(products.um, step.basis) +
+         detail::inner(products.wm, step.weight);
+}
+
+at::Tensor all_finite(const SideStep& step) {
+  return detail::finite_layers(step.momentum)
+      .logical_and(detail::finite_layers(step.basis))
+      .logical_and(detail::finite_layers(step.weight));
+}
+
+}  // namespace
+
+SideProducts SideProducts::scale_momentum(const at::Tensor& factor) const {
+  const at::Tensor f = as_column(factor);
+  return {ww, uw, um * f, wm * f, mm * f.square()};
+}
+
+SideProducts SideProducts::slice(int64_t begin, int64_t end) const {
+  return {ww.slice(0, begin, end), uw.slice(0, begin, end), um.slice(0, begin, end),
+          wm.slice(0, begin, end), mm.slice(0, begin, end)};
+}
+
+void SideProducts::set_momentum(const at::Tensor& weight, const at::Tensor& momentum,
+                                const at::Tensor& basis) {
+  um = detail::tall_gram(basis, momentum);
+  wm = detail::tall_gram(weight, momentum);
+  mm = detail::tall_gram(momentum, momentum);
+}
+
+SideProducts side_products(const at::Tensor& weight, const at::Tensor& momentum,
+                           const at::Tensor& basis) {
+  return {detail::tall_gram(weight, weight), detail::tall_gram(basis, weight),
+          detail::tall_gram(basis, momentum), detail::tall_gram(weight, momentum),
+          detail::tall_gram(momentum, momentum)};
+}
+
+SideMetric SideMetric::of(const LowRankEigen& factor, double whitening, double damping) {
+  return {factor.power(whitening, damping), factor.power(-whitening, damping),
+          factor.power(1.0, 0.0)};
+}
+
+SideMetric SideMetric::slice(int64_t begin, int64_t end) const {
+  return {whiten.slice(begin, end), unwhiten.slice(begin, end), plain.slice(begin, end)};
+}
+
+at::Tensor weighted_gram(const PowerCoefficients& metric, const at::Tensor& uw,
+                         const at::Tensor& ww) {
+  return as_column(metric.tail) * ww + bmm(uw.mT(), times_diagonal(metric.diag, uw));
+}
+
+at::Tensor SideStep::materialize(const at::Tensor& weight_slab, const at::Tensor& momentum_slab,
+                                 const at::Tensor& basis_slab) const {
+  const at::ScalarType dtype = weight_slab.scalar_type();
+  return bmm(momentum_slab, momentum.to(dtype)) + bmm(basis_slab, basis.to(dtype)) +
+         bmm(weight_slab, weight.to(dtype));
+}
+
+TangentStep tangent_step(const SideProducts& input, const SideMetric& input_metric,
+                         const SideProducts& output, const SideMetric& output_metric,
+                         const at::Tensor& scaling, double gram_floor, double eps) {
+  const detail::NumericsGuard guard;
+  const at::Tensor p = weighted_gram(output_metric.whiten, output.uw, output.ww);
+  at::Tensor q = weighted_gram(input_metric.whiten, input.uw, input.ww);
+  q = q + at::diag_embed(q.diagonal(0, -2, -1) * (4 * eps));
+  const detail::Cholesky cholesky_q = detail::robust_cholesky(q, eps);
+  const at::Tensor q_inverse = detail::cholesky_inverse(cholesky_q.factor);
+
+  // The floor moves with the gauge: tr PQ is invariant and Q^-1 transforms like P.
+  const at::Tensor floor =
+      trace_of_product(p, q) * (gram_floor / static_cast<double>(p.size(-1))) + kAbsoluteFloor;
+  const detail::Cholesky cholesky_p =
+      detail::robust_cholesky(p + as_column(floor) * q_inverse, eps);
+  const at::Tensor p_inverse = detail::cholesky_inverse(cholesky_p.factor);
+
+  const at::Tensor minus = as_column(-1 / scaling.square());
+  TangentStep step;
+  step.b = side_step(output, output_metric.unwhiten, q_inverse * minus, p_inverse);
+  step.a = side_step(input, input_metric.unwhiten, p_inverse * minus, q_inverse);
+  step.predicted_decrease = -(slope(input, step.a) + slope(output, step.b));
+  step.ok = cholesky_p.ok.logical_and(cholesky_q.ok)
+                .logical_and(all_finite(step.a))
+                .logical_and(all_finite(step.b));
+  return step;
+}
+
+StepGrams step_grams(const SideProducts& products, const SideStep& step,
+                     const PowerCoefficients* metric) {
+  const at::Tensor& x1 = step.momentum;
+  const at::Tensor& x2 = step.basis;
+  const at::Tensor& x3 = step.weight;
+  const at::Tensor ud = bmm(products.um, x1) + x2 + bmm(products.uw, x3);
+  const at::Tensor wd =
+      bmm(products.wm, x1) + bmm(products.uw.mT(), x2) + bmm(products.ww, x3);
+  const at::Tensor md =
+      bmm(products.mm, x1) + bmm(products.um.mT(), x2) + bmm(products.wm.mT(), x3);
+  const at::Tensor dd = bmm(x1.mT(), md) + bmm(x2.mT(), ud) + bmm(x3.mT(), wd);
+  if (metric == nullptr) {
+    return {products.ww, wd, dd};
+  }
+  const at::Tensor tail = as_column(metric->tail);
+  const at::Tensor weighted_ud = times_diagonal(metric->diag, ud);
+  return {weighted_gram(*metric, products.uw, products.ww),
+          tail * wd + bmm(products.uw.mT(), weighted_ud), tail * dd + bmm(ud.mT(), weighted_ud)};
+}
+
+}  // namespace ctrlora

@@ -1,0 +1,106 @@
+#include "ctrlora/trust_region.h"
+
+#include <ATen/ops/minimum.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "detail/check.h"
+#include "detail/tensor_math.h"
+
+namespace ctrlora {
+
+namespace {
+
+// Newton on a quartic from inside converges quadratically; bisection alone would leave 2^-10 of a bracket
+// that is never wider than the step itself.
+constexpr int kNewtonIterations = 10;
+
+}  // namespace
+
+at::Tensor Quartic::operator()(const at::Tensor& f) const {
+  return f.square() * (c2 + f * (c3 + f * c4));
+}
+
+Quartic squared_norm(const StepGrams& input, const StepGrams& output, const at::Tensor& scaling) {
+  using detail::inner;
+  const at::Tensor s2 = scaling.square();
+  return {s2 * (inner(output.ww, input.dd) + 2 * inner(output.wd, input.wd.mT()) +
+                inner(output.dd, input.ww)),
+          2 * s2 * (inner(output.wd, input.dd) + inner(output.dd, input.wd)),
+          s2 * inner(output.dd, input.dd)};
+}
+
+at::Tensor inside_ball(const Quartic& norm, const at::Tensor& radius, const at::Tensor& start) {
+  const at::Tensor target = radius.square();
+  // |D(f)| <= f |T| + f^2 |Z|: the positive root of the right side at the radius is always inside.
+  const at::Tensor tangent = norm.c2.clamp_min(0).sqrt();
+  const at::Tensor cross = norm.c4.clamp_min(0).sqrt();
+  const at::Tensor bound = 2 * radius / (tangent + (norm.c2.clamp_min(0) + 4 * cross * radius).sqrt())
+                                            .clamp_min(1e-300);
+  at::Tensor low = at::minimum(bound, start);
+  at::Tensor high = start;
+  at::Tensor f = low;
+  for (int i = 0; i < kNewtonIterations; ++i) {
+    const at::Tensor excess = norm(f) - target;
+    const at::Tensor slope = f * (2 * norm.c2 + f * (3 * norm.c3 + 4 * f * norm.c4));
+    low = at::where(excess <= 0, f, low);
+    high = at::where(excess <= 0, high, f);
+    const at::Tensor newton = f - excess / slope;
+    const at::Tensor usable = (newton > low).logical_and(newton < high).logical_and(slope > 0);
+    f = at::where(usable, newton, (low + high) * 0.5);
+  }
+  const at::Tensor start_fits = norm(start) <= target;
+  // Newton from outside ends within rounding of the sphere.
+  return at::where(start_fits, start, at::where(norm(f) <= target * (1 + 1e-9), f, low));
+}
+
+TrustRegionSubproblem::Solution TrustRegionSubproblem::solve(const at::Tensor& radius,
+                                                             double tolerance,
+                                                             int64_t max_iterations) const {
+  const detail::NumericsGuard guard;
+  constexpr const char* kWhere = "ctrlora::TrustRegionSubproblem::solve";
+  CTRLORA_CHECK(gradient.dim() == 3 && output_eigenvalues.sizes() == gradient.sizes().slice(0, 2) &&
+                    input_eigenvalues.dim() == 2 &&
+                    input_eigenvalues.size(0) == gradient.size(0) &&
+                    input_eigenvalues.size(1) == gradient.size(2),
+                kWhere, "expected gradient (L, m, n), output_eigenvalues (L, m), input_eigenvalues ",
+                "(L, n); got ", gradient.sizes(), ", ", output_eigenvalues.sizes(), ", ",
+                input_eigenvalues.sizes(), ".");
+  CTRLORA_CHECK(radius.dim() == 1 && radius.size(0) == gradient.size(0) &&
+                    (radius > 0).all().item<bool>(),
+                kWhere, "expected a positive radius (L); got ", radius, ".");
+  const at::Tensor curvature =
+      output_eigenvalues.clamp_min(0).unsqueeze(-1) * input_eigenvalues.clamp_min(0).unsqueeze(1);
+  const at::Tensor squared = gradient.square();
+  const auto length = [&](const at::Tensor& nu, int power) {
+    return at::where(squared > 0, squared / (curvature + detail::as_column(nu)).pow(power),
+                     at::zeros_like(squared))
+        .flatten(1)
+        .sum(-1);
+  };
+  // 1/|D(nu)| is concave and increasing: Newton from the left approaches its root monotonically. The start
+  // |G|/radius - max curvature is a lower bound of nu, and 0 is the interior solution.
+  at::Tensor nu =
+      (squared.flatten(1).sum(-1).sqrt() / radius - curvature.flatten(1).amax(-1)).clamp_min(0);
+  at::Tensor iterations = at::zeros({radius.size(0)}, radius.options().dtype(at::kLong));
+  at::Tensor open = length(nu, 2).sqrt() > radius * (1 + tolerance);
+  for (int64_t i = 0; i < max_iterations && open.any().item<bool>(); ++i) {
+    const at::Tensor square = length(nu, 2);
+    const at::Tensor norm = square.sqrt();
+    // A singular curvature at nu = 0 has an infinite norm: leave it by a step no longer than nu itself.
+    const at::Tensor newton = square / length(nu, 3) * (norm - radius) / radius;
+    const at::Tensor finite = newton.isfinite();
+    const at::Tensor leave = squared.flatten(1).sum(-1).sqrt() / radius * 1e-12;
+    nu = at::where(open, nu + at::where(finite, newton, leave), nu);
+    iterations = iterations + open;
+    open = length(nu, 2).sqrt() > radius * (1 + tolerance);
+  }
+  const at::Tensor step = at::where(squared > 0, -gradient / (curvature + detail::as_column(nu)),
+                                    at::zeros_like(gradient));
+  const at::Tensor decrease =
+      -(gradient * step).flatten(1).sum(-1) - 0.5 * (curvature * step.square()).flatten(1).sum(-1);
+  return {step, nu, decrease, iterations};
+}
+
+}  // namespace ctrlora
