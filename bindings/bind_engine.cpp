@@ -1,4 +1,6 @@
 #include "bindings.h"
+#include <pybind11/typing.h>
+
 #include "ctrlora/engine.h"
 
 namespace py = pybind11;
@@ -12,12 +14,13 @@ void bind_engine(py::module_& m) {
       .def("add_fallback", wrapped(&Engine::add_fallback), py::arg("params"), py::arg("group"))
       .def("step", wrapped(&Engine::step), py::arg("settings"))
       .def("set_loss_scale", wrapped(&Engine::set_loss_scale), py::arg("loss_scale"))
+      .def("drop_observations", wrapped(&Engine::drop_observations))
       .def("steps", &Engine::steps)
       .def("retired", &Engine::retired)
       .def("metrics", wrapped(&Engine::metrics))
       .def("named_tensors",
            [](const Engine& engine) {
-             py::dict tensors;
+             py::typing::Dict<py::str, at::Tensor> tensors;
              for (const auto& [name, tensor] : engine.named_tensors()) {
                tensors[py::str(name)] = tensor;
              }

@@ -78,6 +78,12 @@ void Engine::add_pairs(const std::vector<LoraPair>& pairs, int64_t group) {
                     "pair '", pair.name, "': a tensor of shape ", tensor->sizes(),
                     " is trained here already. Remedy: pass every parameter once.");
     }
+    if (pair.rank() > pair.in_features()) {  // A's Gram is singular: no tangent step
+      hand_to_adamw(pair, group);
+      TORCH_WARN("[ctrlora::Engine] layer '", pair.name, "' has rank ", pair.rank(), " but only ",
+                 pair.in_features(), " inputs; AdamW trains it.");
+      continue;
+    }
     const Shape shape{pair.out_features(), pair.in_features(), pair.rank(), pair.a.scalar_type(),
                       pair.a.device().str()};
     if (sorted.find(shape) == sorted.end()) {
@@ -128,7 +134,9 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
     }
   }
   for (const auto& fallback : fallbacks_) {
-    fallback->step(fallback_settings(*fallback, by_group), options_.maximize);
+    if (by_group[static_cast<size_t>(fallback->group())]->lr != 0.0) {
+      fallback->step(fallback_settings(*fallback, by_group), options_.maximize);
+    }
   }
 }
 
@@ -177,7 +185,7 @@ std::vector<const GroupSettings*> Engine::checked(const std::vector<GroupSetting
 GroupSettings Engine::fallback_settings(
     const detail::AdamW& fallback, const std::vector<const GroupSettings*>& by_group) const {
   GroupSettings own = *by_group[static_cast<size_t>(fallback.group())];
-  if (fallback.retired) {  // follows the pairs' schedule at AdamW's scale
+  if (!fallback.retired.empty()) {  // follows the pairs' schedule at AdamW's scale
     own.lr = own.initial_lr > 0.0 ? options_.fallback_lr * own.lr / own.initial_lr : 0.0;
   }
   return own;
@@ -186,13 +194,23 @@ GroupSettings Engine::fallback_settings(
 void Engine::retire_failed_layers() {
   for (const auto& group : groups_) {
     for (const LoraPair& pair : group->take_failed()) {
-      retired_.push_back(pair.name);
-      fallbacks_.push_back(std::make_unique<detail::AdamW>(
-          std::vector<at::Tensor>{pair.a, pair.b}, group->group()));
-      fallbacks_.back()->retired = true;
+      hand_to_adamw(pair, group->group());
       TORCH_WARN("[ctrlora::Engine] layer '", pair.name, "' failed ", options_.max_misses,
                  " times in a row; AdamW trains it from now on.");
     }
+  }
+}
+
+void Engine::hand_to_adamw(const LoraPair& pair, int64_t group) {
+  retired_.push_back(pair.name);
+  fallbacks_.push_back(
+      std::make_unique<detail::AdamW>(std::vector<at::Tensor>{pair.a, pair.b}, group));
+  fallbacks_.back()->retired = pair.name;
+}
+
+void Engine::drop_observations() {
+  for (const auto& group : groups_) {
+    group->drop_observations();
   }
 }
 
@@ -207,7 +225,8 @@ void Engine::set_loss_scale(double loss_scale) {
 std::map<std::string, double> Engine::metrics() const {
   const detail::NumericsGuard guard;
   std::map<std::string, double> out = {{"steps", static_cast<double>(steps_)},
-                                       {"retired", static_cast<double>(retired_.size())}};
+                                       {"retired", static_cast<double>(retired_.size())},
+                                       {"state_bytes", static_cast<double>(state_bytes())}};
   int64_t skipped = 0;
   int64_t misses = 0;
   double captured_input = 0.0;
@@ -261,8 +280,11 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
     }
   }
   for (size_t i = 0; i < fallbacks_.size(); ++i) {
+    const std::string& retired = fallbacks_[i]->retired;
+    const std::string prefix =
+        retired.empty() ? "fallback" + std::to_string(i) + "." : "retired." + retired + ".";
     for (const auto& [name, tensor] : fallbacks_[i]->named_tensors()) {
-      out.emplace_back("fallback" + std::to_string(i) + "." + name, tensor);
+      out.emplace_back(prefix + name, tensor);
     }
   }
   return out;
@@ -277,6 +299,14 @@ void Engine::load(const std::map<std::string, at::Tensor>& tensors) {
                 version == tensors.end() ? std::string("none")
                                          : std::to_string(version->second.item<int64_t>()),
                 ". Remedy: load it with the release that wrote it.");
+  for (size_t i = 0; i < groups_.size(); ++i) {  // the saved run may have handed layers to AdamW
+    const auto active = tensors.find("group" + std::to_string(i) + ".active");
+    if (active != tensors.end() && active->second.numel() == groups_[i]->layers()) {
+      for (const LoraPair& pair : groups_[i]->take_out(active->second.logical_not())) {
+        hand_to_adamw(pair, groups_[i]->group());
+      }
+    }
+  }
   const auto own = named_tensors();
   std::string difference;
   std::set<std::string> names;

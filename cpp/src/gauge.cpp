@@ -23,7 +23,7 @@ GaugeMap balance(const at::Tensor& gram_b, const at::Tensor& gram_a) {
   const at::Tensor sigma = eigh.values.clamp_min(0).sqrt().flip(-1);  // descending
   const at::Tensor vectors = eigh.vectors.flip(-1);
   const at::Tensor largest = sigma.select(-1, 0);
-  const at::Tensor root = at::maximum(sigma, 1e-6 * largest.unsqueeze(-1)).sqrt();
+  const at::Tensor root = at::maximum(sigma, 1e-2 * largest.unsqueeze(-1)).sqrt();
 
   const at::Tensor unwhiten =
       at::linalg_solve_triangular(cholesky.factor, identity, /*upper=*/false);
@@ -36,13 +36,13 @@ GaugeMap balance(const at::Tensor& gram_b, const at::Tensor& gram_a) {
   return {select_layers(ok, map, identity), select_layers(ok, inverse, identity), sigma, ok};
 }
 
-void apply_gauge(const GaugeMap& gauge, at::Tensor& a, at::Tensor& b, at::Tensor& momentum_a,
-                 at::Tensor& momentum_b) {
+void apply_gauge(const GaugeMap& gauge, const at::Tensor& a, const at::Tensor& b,
+                 const at::Tensor& momentum_a, const at::Tensor& momentum_b) {
   const detail::NumericsGuard guard;
   const at::ScalarType dtype = momentum_a.scalar_type();
   const at::Tensor map = gauge.map.to(dtype);
   const at::Tensor inverse = gauge.inverse.to(dtype);
-  const auto keep = [&](at::Tensor& slab, const at::Tensor& moved) {
+  const auto keep = [&](const at::Tensor& slab, const at::Tensor& moved) {
     slab.copy_(select_layers(gauge.ok, moved.to(slab.scalar_type()), slab));
   };
   keep(a, bmm(map, a.to(dtype)));

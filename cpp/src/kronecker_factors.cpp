@@ -17,7 +17,8 @@ KroneckerFactors::KroneckerFactors(int64_t layers, int64_t in_features, int64_t 
                                    const Options& options,
                                    const at::TensorOptions& tensor_options) {
   const int64_t cap = std::min(options.sketch_rank, options.dense_limit);
-  input = LowRankEigen(layers, in_features, std::min(cap, in_features), tensor_options);
+  input = LowRankEigen(layers, in_features, std::min(cap, in_features), tensor_options,
+                       /*wide=*/true);
   output = LowRankEigen(layers, out_features, std::min(cap, out_features), tensor_options);
   const at::TensorOptions small = tensor_options.dtype(at::kDouble);
   // Identity factors and a base of unit gain: |W0|_Omega^2 = (m / n) tr Omega = m.
@@ -50,7 +51,8 @@ at::Tensor loss_scale_of_output(const CurvatureSketch& sketch, const Options& op
   } else if (options.loss_terms != kLossTermsTokens) {
     terms = at::full_like(rows, static_cast<double>(options.loss_terms));
   }
-  return options.loss_reduction == "mean" ? terms * rows : rows / terms;
+  const double unscale = 1.0 / (options.loss_scale * options.loss_scale);
+  return (options.loss_reduction == "mean" ? terms * rows : rows / terms) * unscale;
 }
 
 }  // namespace

@@ -14,7 +14,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "ctrlora/gauge.h"
-#include "detail/check.h"
+#include "detail/parameter_slabs.h"
 #include "detail/pending_observations.h"
 #include "detail/tall_skinny.h"
 #include "detail/tensor_math.h"
@@ -45,6 +45,7 @@ LayerGroup::LayerGroup(std::vector<LoraPair> pairs, int64_t group, Options optio
       group_(group),
       options_(std::move(options)),
       sampler_(std::move(sampler)),
+      parameters_(std::make_unique<detail::ParameterSlabs>(pairs_)),
       observations_(std::make_unique<detail::PendingObservations>(layers(), options_)) {
   for (const LoraPair& pair : pairs_) {
     slots_.push_back(find_slot(pair.a));
@@ -54,9 +55,8 @@ LayerGroup::LayerGroup(std::vector<LoraPair> pairs, int64_t group, Options optio
   const at::TensorOptions statistics =
       at::TensorOptions().device(a.device()).dtype(statistics_dtype(a));
   const at::TensorOptions small = statistics.dtype(at::kDouble);
-  adopt_parameters();
-  momentum_a_ = at::zeros(a_.sizes(), statistics);
-  momentum_b_ = at::zeros(b_.sizes(), statistics);
+  momentum_a_ = at::zeros(parameters_->a().sizes(), statistics);
+  momentum_b_ = at::zeros(parameters_->b().sizes(), statistics);
   momentum_weight_ = at::zeros({count}, small);
   rms_square_ = at::zeros({count}, small);
   rms_weight_ = at::zeros({count}, small);
@@ -76,62 +76,12 @@ LayerGroup::LayerGroup(std::vector<LoraPair> pairs, int64_t group, Options optio
 
 LayerGroup::~LayerGroup() = default;
 
-// ---- Parameters as views into slabs ----
-
-void LayerGroup::adopt_parameters() {
-  const detail::NumericsGuard guard;
-  std::vector<at::Tensor> a, b;
-  for (const LoraPair& pair : pairs_) {
-    a.push_back(pair.a.detach());
-    b.push_back(pair.b.detach());
-  }
-  a_ = at::stack(a);
-  b_ = at::stack(b);
-  for (int64_t l = 0; l < layers(); ++l) {
-    pairs_[l].a.set_data(a_[l]);
-    pairs_[l].b.set_data(b_[l]);
-  }
-}
-
 void LayerGroup::bind() {
-  const LoraPair& first = pairs_.front();
-  if (first.a.device() != a_.device() || first.a.scalar_type() != a_.scalar_type()) {
-    for (const LoraPair& pair : pairs_) {  // the whole model was cast or moved
-      pair.validate();
-      CTRLORA_CHECK(pair.a.device() == first.a.device() &&
-                        pair.a.scalar_type() == first.a.scalar_type(),
-                    "ctrlora::Engine::step", "pairs '", first.name, "' and '", pair.name,
-                    "' started on one device with one dtype and now differ: ", first.a.device(),
-                    " ", first.a.scalar_type(), " and ", pair.a.device(), " ",
-                    pair.a.scalar_type(), ". Remedy: build a new optimizer.");
-    }
-    adopt_parameters();
-    move_state(at::TensorOptions().device(a_.device()).dtype(statistics_dtype(a_)));
-    return;
+  if (parameters_->bind()) {
+    move_state(at::TensorOptions()
+                   .device(parameters_->a().device())
+                   .dtype(statistics_dtype(parameters_->a())));
   }
-  for (int64_t l = 0; l < layers(); ++l) {
-    rebind(pairs_[l].a, a_, l, pairs_[l].name);
-    rebind(pairs_[l].b, b_, l, pairs_[l].name);
-  }
-}
-
-void LayerGroup::rebind(at::Tensor& param, const at::Tensor& slab, int64_t layer,
-                        const std::string& name) {
-  const char* expected = static_cast<const char*>(slab.const_data_ptr()) +
-                         layer * slab.stride(0) * slab.element_size();
-  if (param.const_data_ptr() == expected) {
-    return;
-  }
-  const detail::NumericsGuard guard;
-  const at::Tensor home = slab[layer];
-  CTRLORA_CHECK(param.sizes() == home.sizes() && param.device() == home.device() &&
-                    param.scalar_type() == home.scalar_type(),
-                "ctrlora::Engine::step", "a parameter of pair '", name, "' was replaced: expected ",
-                home.sizes(), " ", home.scalar_type(), " on ", home.device(), "; got ",
-                param.sizes(), " ", param.scalar_type(), " on ", param.device(),
-                ". Remedy: build a new optimizer after changing ranks.");
-  home.copy_(param.detach());
-  param.set_data(home);
 }
 
 void LayerGroup::move_state(const at::TensorOptions& options) {
@@ -147,33 +97,20 @@ void LayerGroup::move_state(const at::TensorOptions& options) {
 
 // ---- One step ----
 
-std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> LayerGroup::gradients(
-    Range range) const {
-  std::vector<at::Tensor> a, b;
-  for (int64_t l = range.begin; l < range.end; ++l) {
-    at::Tensor grad_a = pairs_[l].a.grad();
-    at::Tensor grad_b = pairs_[l].b.grad();
-    const bool both = grad_a.defined() && grad_b.defined();  // half a pair has no tangent step
-    a.push_back(both ? std::move(grad_a) : at::Tensor());
-    b.push_back(both ? std::move(grad_b) : at::Tensor());
-  }
-  return {std::move(a), std::move(b)};
-}
-
 std::pair<at::Tensor, at::Tensor> LayerGroup::raw_gradients(Range range) const {
   const auto part = [&](const at::Tensor& x) { return x.slice(0, range.begin, range.end); };
-  const auto [grads_a, grads_b] = gradients(range);
+  const auto [grads_a, grads_b] = parameters_->gradients(range.begin, range.end);
   return {detail::stack_gradients(grads_a, part(grad_ok_), part(momentum_a_)),
           detail::stack_gradients(grads_b, part(grad_ok_), part(momentum_b_))};
 }
 
 void LayerGroup::update_momentum() {
-  const auto [grads_a, grads_b] = gradients({0, layers()});
+  const auto [grads_a, grads_b] = parameters_->gradients(0, layers());
   std::vector<uint8_t> present;
   for (const at::Tensor& grad : grads_a) {
     present.push_back(grad.defined() ? 1 : 0);
   }
-  const at::Tensor exists = at::tensor(present, at::kByte).to(a_.device(), at::kBool);
+  const at::Tensor exists = at::tensor(present, at::kByte).to(parameters_->a().device(), at::kBool);
   const at::Tensor finite = detail::finite_gradients(grads_a, momentum_a_)
                                 .logical_and(detail::finite_gradients(grads_b, momentum_b_));
   grad_ok_ = finite.logical_and(exists).logical_and(active_);
@@ -215,9 +152,9 @@ void LayerGroup::update_rms(Range range, const SideProducts& input, const SidePr
   const auto [raw_a, raw_b] = raw_gradients(range);
   SideProducts raw_input = input.slice(range.begin, range.end);
   SideProducts raw_output = output.slice(range.begin, range.end);
-  raw_input.set_momentum(part(a_).mT().to(raw_a.scalar_type()), raw_a.mT(),
+  raw_input.set_momentum(part(parameters_->a()).mT().to(raw_a.scalar_type()), raw_a.mT(),
                          part(factors_.input.basis()));
-  raw_output.set_momentum(part(b_).to(raw_b.scalar_type()), raw_b, part(factors_.output.basis()));
+  raw_output.set_momentum(part(parameters_->b()).to(raw_b.scalar_type()), raw_b, part(factors_.output.basis()));
   const SideMetric metric_in = input_metric.slice(range.begin, range.end);
   const SideMetric metric_out = output_metric.slice(range.begin, range.end);
   const TangentStep raw = tangent_step(raw_input, metric_in, raw_output, metric_out,
@@ -232,9 +169,9 @@ void LayerGroup::update_rms(Range range, const SideProducts& input, const SidePr
 Proposal LayerGroup::propose(const GroupSettings& settings) {
   const at::ScalarType dtype = momentum_a_.scalar_type();
   const SideProducts input_raw =
-      side_products(a_.mT().to(dtype), momentum_a_.mT(), factors_.input.basis());
+      side_products(parameters_->a().mT().to(dtype), momentum_a_.mT(), factors_.input.basis());
   const SideProducts output_raw =
-      side_products(b_.to(dtype), momentum_b_, factors_.output.basis());
+      side_products(parameters_->b().to(dtype), momentum_b_, factors_.output.basis());
   const SideMetric input_metric =
       SideMetric::of(factors_.input, options_.whitening, options_.damping);
   const SideMetric output_metric =
@@ -275,9 +212,11 @@ Proposal LayerGroup::propose(const GroupSettings& settings) {
 void LayerGroup::apply(const Proposal& proposal, const at::Tensor& shrink,
                        const GroupSettings& settings) {
   const at::Tensor f = proposal.length * shrink;
-  const at::Tensor identity = at::eye(a_.size(1), f.options());
-  const at::Tensor decay = at::where(active_, at::full_like(f, 1 - settings.lr * settings.weight_decay),
-                                     at::ones_like(f));
+  const at::Tensor identity = at::eye(parameters_->a().size(1), f.options());
+  // As in AdamW, a parameter without a gradient does not decay.
+  const at::Tensor decay =
+      at::where(grad_ok_, at::full_like(f, 1 - settings.lr * settings.weight_decay),
+                at::ones_like(f));
   const auto coefficients = [&](const SideStep& step, const at::Tensor& weight,
                                 const at::Tensor& momentum, const at::Tensor& basis) {
     const auto scaled = [&](const at::Tensor& x, const at::Tensor& factor) {
@@ -287,8 +226,8 @@ void LayerGroup::apply(const Proposal& proposal, const at::Tensor& shrink,
                          scaled(step.momentum, f * proposal.momentum_factor), basis,
                          scaled(step.basis, f));
   };
-  coefficients(proposal.step.b, b_, momentum_b_, factors_.output.basis());
-  coefficients(proposal.step.a, a_.mT(), momentum_a_.mT(), factors_.input.basis());
+  coefficients(proposal.step.b, parameters_->b(), momentum_b_, factors_.output.basis());
+  coefficients(proposal.step.a, parameters_->a().mT(), momentum_a_.mT(), factors_.input.basis());
 }
 
 void LayerGroup::finish() {
@@ -307,10 +246,10 @@ void LayerGroup::balance_gauge() {
                          detail::tall_gram(factor.basis(), weight),
                          detail::tall_gram(weight, weight));
   };
-  GaugeMap gauge = balance(gram(b_.to(dtype), factors_.output),
-                           gram(a_.mT().to(dtype), factors_.input));
-  gauge.ok = gauge.ok.logical_and(active_);
-  apply_gauge(gauge, a_, b_, momentum_a_, momentum_b_);
+  GaugeMap gauge = balance(gram(parameters_->b().to(dtype), factors_.output),
+                           gram(parameters_->a().mT().to(dtype), factors_.input));
+  gauge.ok = gauge.ok.logical_and(active_).logical_and(momentum_weight_ > 0);
+  apply_gauge(gauge, parameters_->a(), parameters_->b(), momentum_a_, momentum_b_);
 }
 
 void LayerGroup::want() {
@@ -332,14 +271,15 @@ void LayerGroup::connect(const std::shared_ptr<LayerGroup>& self) {
 }
 
 std::vector<LoraPair> LayerGroup::take_failed() {
-  const at::Tensor failed = (misses_ >= options_.max_misses)
-                                .logical_or(factors_.misses >= options_.max_misses)
-                                .logical_and(active_)
-                                .to(at::kCPU);
+  return take_out((misses_ >= options_.max_misses).logical_or(factors_.misses >= options_.max_misses));
+}
+
+std::vector<LoraPair> LayerGroup::take_out(const at::Tensor& layers) {
+  const at::Tensor leaving = layers.to(active_.device()).logical_and(active_);
+  const at::Tensor flags = leaving.to(at::kCPU).contiguous();
   std::vector<LoraPair> pairs;
-  const bool* flags = failed.const_data_ptr<bool>();
-  for (int64_t l = 0; l < layers(); ++l) {
-    if (flags[l]) {
+  for (size_t l = 0; l < pairs_.size(); ++l) {
+    if (flags.const_data_ptr<bool>()[l]) {
       pairs.push_back(pairs_[l]);
       if (slots_[l] != nullptr) {
         slots_[l]->set_wanted(false);
@@ -347,7 +287,7 @@ std::vector<LoraPair> LayerGroup::take_failed() {
       }
     }
   }
-  active_ = active_.logical_and(failed.to(active_.device()).logical_not());
+  active_ = active_.logical_and(leaving.logical_not());
   return pairs;
 }
 
@@ -356,7 +296,7 @@ std::vector<LoraPair> LayerGroup::take_failed() {
 int64_t LayerGroup::micro_batch(int64_t layer) const { return observations_->micro_batch(layer); }
 
 void LayerGroup::observe(int64_t layer, const Observation& observation) {
-  observations_->add(layer, observation, factors_, options_);
+  observations_->add(layer, observation, factors_);
 }
 
 void LayerGroup::drop_observations() { observations_->clear(); }

@@ -19,15 +19,19 @@ at::Tensor rows(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}); }
 
 // Saved: rows of the inputs (N, n), a, b in the compute dtype and, with the base inside, its weight.
 struct LoraFunction : torch::autograd::Function<LoraFunction> {
-  /// weight undefined: `base` is the base's output; else it is the bias (perhaps undefined).
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& inputs, const at::Tensor& weight,
-                            const at::Tensor& base, const at::Tensor& a, const at::Tensor& b,
-                            double scaling, std::shared_ptr<ObservationSlot> slot) {
+  // Without a weight, base_or_bias is the base's output; else its bias, if it has one. Optionals, not
+  // undefined tensors: the node reads dtype and device of every tensor it is given.
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& inputs, const at::Tensor& a,
+                            const at::Tensor& b, const std::optional<at::Tensor>& frozen_weight,
+                            const std::optional<at::Tensor>& base_or_bias, double scaling,
+                            std::shared_ptr<ObservationSlot> slot) {
+    const at::Tensor weight = frozen_weight.value_or(at::Tensor());
+    const at::Tensor base = weight.defined() ? at::Tensor() : *base_or_bias;
     const at::ScalarType dtype = inputs.scalar_type();
     const at::Tensor x = rows(inputs);
     const at::Tensor a_cast = a.to(dtype);
     const at::Tensor b_cast = b.to(dtype);
-    at::Tensor y = weight.defined() ? at::linear(x, weight, base) : rows(base).clone();
+    at::Tensor y = weight.defined() ? at::linear(x, weight, base_or_bias) : rows(base).clone();
     std::shared_ptr<Capture> capture;
     if (slot != nullptr && slot->wanted()) {
       capture = slot->capture(inputs, y);
@@ -70,11 +74,11 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
       at::Tensor gx = weight.defined() ? at::mm(g, weight).addmm_(gz, a) : at::mm(gz, a);
       out[0] = gx.view(ctx->saved_data["sizes"].toIntVector());
     }
-    if (!weight.defined() && ctx->needs_input_grad(1)) {
-      out[2] = grads[0];
+    if (!weight.defined() && ctx->needs_input_grad(3)) {  // absent optionals have no edge
+      out[4] = grads[0];
     }
-    out[3] = at::mm(gz.t(), x).to(saved[2].scalar_type());
-    out[4] = (at::mm(g.t(), at::mm(x, a.t())) * scaling).to(saved[3].scalar_type());
+    out[1] = at::mm(gz.t(), x).to(saved[2].scalar_type());
+    out[2] = (at::mm(g.t(), at::mm(x, a.t())) * scaling).to(saved[3].scalar_type());
     return out;
   }
 
@@ -83,6 +87,10 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     std::shared_ptr<Capture> capture;
   };
 };
+
+std::optional<at::Tensor> given(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
 
 void check_shapes(const char* where, const at::Tensor& inputs, const at::Tensor& a,
                   const at::Tensor& b, int64_t in_features, int64_t out_features) {
@@ -104,7 +112,9 @@ at::Tensor lora_linear(const at::Tensor& inputs, const at::Tensor& weight,
   CTRLORA_CHECK(weight.dim() == 2, "ctrlora::lora_linear", "expected a 2-d weight; got ",
                 weight.sizes(), ".");
   check_shapes("ctrlora::lora_linear", inputs, a, b, frozen.size(1), frozen.size(0));
-  const at::Tensor frozen_bias = bias.has_value() ? bias->detach() : at::Tensor();
+  // pybind hands None over as an undefined tensor.
+  const bool has_bias = bias.has_value() && bias->defined();
+  const at::Tensor frozen_bias = has_bias ? bias->detach() : at::Tensor();
   const at::DeviceType device = inputs.device().type();
   if (at::autocast::is_autocast_enabled(device)) {
     const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
@@ -113,9 +123,10 @@ at::Tensor lora_linear(const at::Tensor& inputs, const at::Tensor& weight,
     const at::Tensor cast_inputs = at::autocast::cached_cast(dtype, inputs, device);
     const at::Tensor cast_weight = at::autocast::cached_cast(dtype, frozen, device);
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    return LoraFunction::apply(cast_inputs, cast_weight, cast_bias, a, b, scaling, slot);
+    return LoraFunction::apply(cast_inputs, a, b, given(cast_weight), given(cast_bias), scaling,
+                               slot);
   }
-  return LoraFunction::apply(inputs, frozen, frozen_bias, a, b, scaling, slot);
+  return LoraFunction::apply(inputs, a, b, given(frozen), given(frozen_bias), scaling, slot);
 }
 
 at::Tensor lora_delta(const at::Tensor& inputs, const at::Tensor& base_output, const at::Tensor& a,
@@ -123,8 +134,8 @@ at::Tensor lora_delta(const at::Tensor& inputs, const at::Tensor& base_output, c
                       const std::shared_ptr<ObservationSlot>& slot) {
   check_shapes("ctrlora::lora_delta", inputs, a, b, inputs.size(-1), base_output.size(-1));
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return LoraFunction::apply(inputs.to(base_output.scalar_type()), at::Tensor(), base_output, a, b,
-                             scaling, slot);
+  return LoraFunction::apply(inputs.to(base_output.scalar_type()), a, b, given({}),
+                             given(base_output), scaling, slot);
 }
 
 }  // namespace ctrlora

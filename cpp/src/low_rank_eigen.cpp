@@ -28,12 +28,16 @@ PowerCoefficients PowerCoefficients::slice(int64_t begin, int64_t end) const {
 }
 
 LowRankEigen::LowRankEigen(int64_t layers, int64_t size, int64_t sketch_rank,
-                           const at::TensorOptions& options) {
+                           const at::TensorOptions& options, bool wide) {
   CTRLORA_CHECK(layers >= 1 && sketch_rank >= 1 && sketch_rank <= size, "ctrlora::LowRankEigen",
                 "expected layers >= 1 and 1 <= sketch_rank <= size; got layers = ", layers,
                 ", sketch_rank = ", sketch_rank, ", size = ", size, ".");
   const at::TensorOptions small = options.dtype(at::kDouble);
-  basis_ = at::zeros({layers, size, sketch_rank}, options);
+  basis_ = wide ? at::zeros({layers, sketch_rank, size}, options).mT()
+                : at::zeros({layers, size, sketch_rank}, options);
+  if (sketch_rank == size) {  // no tail to hold the identity
+    basis_.copy_(at::eye(size, options).expand_as(basis_));
+  }
   eigenvalues_ = at::ones({layers, sketch_rank}, small);
   trace_ = at::full({layers}, static_cast<double>(size), small);
 }

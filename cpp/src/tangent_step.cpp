@@ -58,18 +58,33 @@ SideProducts SideProducts::slice(int64_t begin, int64_t end) const {
           wm.slice(0, begin, end), mm.slice(0, begin, end)};
 }
 
+namespace {
+
+// Rows of the joint Gram [W U M]^T M, in this order.
+void split_momentum(SideProducts& products, const at::Tensor& joint, int64_t rank) {
+  const int64_t sketch_rank = joint.size(1) - 2 * rank;
+  products.wm = joint.slice(1, 0, rank);
+  products.um = joint.slice(1, rank, rank + sketch_rank);
+  products.mm = joint.slice(1, rank + sketch_rank);
+}
+
+}  // namespace
+
 void SideProducts::set_momentum(const at::Tensor& weight, const at::Tensor& momentum,
                                 const at::Tensor& basis) {
-  um = detail::tall_gram(basis, momentum);
-  wm = detail::tall_gram(weight, momentum);
-  mm = detail::tall_gram(momentum, momentum);
+  split_momentum(*this, detail::tall_grams({{{weight, basis, momentum}, momentum}}).front(),
+                 weight.size(2));
 }
 
 SideProducts side_products(const at::Tensor& weight, const at::Tensor& momentum,
                            const at::Tensor& basis) {
-  return {detail::tall_gram(weight, weight), detail::tall_gram(basis, weight),
-          detail::tall_gram(basis, momentum), detail::tall_gram(weight, momentum),
-          detail::tall_gram(momentum, momentum)};
+  const std::vector<at::Tensor> joint =
+      detail::tall_grams({{{weight, basis, momentum}, momentum}, {{weight, basis}, weight}});
+  SideProducts products;
+  products.ww = joint[1].slice(1, 0, weight.size(2));
+  products.uw = joint[1].slice(1, weight.size(2));
+  split_momentum(products, joint[0], weight.size(2));
+  return products;
 }
 
 SideMetric SideMetric::of(const LowRankEigen& factor, double whitening, double damping) {
@@ -108,7 +123,10 @@ TangentStep tangent_step(const SideProducts& input, const SideMetric& input_metr
       trace_of_product(p, q) * (gram_floor / static_cast<double>(p.size(-1))) + kAbsoluteFloor;
   const detail::Cholesky cholesky_p =
       detail::robust_cholesky(p + as_column(floor) * q_inverse, eps);
-  const at::Tensor p_inverse = detail::cholesky_inverse(cholesky_p.factor);
+  // (P + floor)^-1 P (P + floor)^-1: where B has no component, momentum left from an older B must not be
+  // blown up by the floor's inverse; at B = 0 the step of A is exactly zero.
+  const at::Tensor p_floored = detail::cholesky_inverse(cholesky_p.factor);
+  const at::Tensor p_inverse = bmm(p_floored, bmm(p, p_floored));
 
   const at::Tensor minus = as_column(-1 / scaling.square());
   TangentStep step;

@@ -1,5 +1,6 @@
 #include "ctrlora/trust_region.h"
 
+#include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -12,9 +13,8 @@ namespace ctrlora {
 
 namespace {
 
-// Newton on a quartic from inside converges quadratically; bisection alone would leave 2^-10 of a bracket
-// that is never wider than the step itself.
-constexpr int kNewtonIterations = 10;
+// From a start within a few per cent of the root; each iteration doubles the digits.
+constexpr int kNewtonIterations = 6;
 
 }  // namespace
 
@@ -33,26 +33,30 @@ Quartic squared_norm(const StepGrams& input, const StepGrams& output, const at::
 
 at::Tensor inside_ball(const Quartic& norm, const at::Tensor& radius, const at::Tensor& start) {
   const at::Tensor target = radius.square();
+  const at::Tensor tangent = norm.c2.clamp_min(0);
+  const at::Tensor cross = norm.c4.clamp_min(0);
   // |D(f)| <= f |T| + f^2 |Z|: the positive root of the right side at the radius is always inside.
-  const at::Tensor tangent = norm.c2.clamp_min(0).sqrt();
-  const at::Tensor cross = norm.c4.clamp_min(0).sqrt();
-  const at::Tensor bound = 2 * radius / (tangent + (norm.c2.clamp_min(0) + 4 * cross * radius).sqrt())
-                                            .clamp_min(1e-300);
-  at::Tensor low = at::minimum(bound, start);
-  at::Tensor high = start;
-  at::Tensor f = low;
+  const at::Tensor bound = at::minimum(
+      start, 2 * radius /
+                 (tangent.sqrt() + (tangent + 4 * cross.sqrt() * radius).sqrt()).clamp_min(1e-300));
+  // Newton from the root for T orthogonal to Z, where the quartic is quadratic in f^2.
+  at::Tensor f = (2 * target / (tangent + (tangent.square() + 4 * cross * target).sqrt())
+                                   .clamp_min(1e-300))
+                     .sqrt();
+  const at::Tensor twice = 2 * norm.c2;
+  const at::Tensor thrice = 3 * norm.c3;
+  const at::Tensor fourfold = 4 * norm.c4;
   for (int i = 0; i < kNewtonIterations; ++i) {
-    const at::Tensor excess = norm(f) - target;
-    const at::Tensor slope = f * (2 * norm.c2 + f * (3 * norm.c3 + 4 * f * norm.c4));
-    low = at::where(excess <= 0, f, low);
-    high = at::where(excess <= 0, high, f);
-    const at::Tensor newton = f - excess / slope;
-    const at::Tensor usable = (newton > low).logical_and(newton < high).logical_and(slope > 0);
-    f = at::where(usable, newton, (low + high) * 0.5);
+    f = at::maximum(at::minimum(f, start), bound);
+    const at::Tensor slope = f * (twice + f * (thrice + f * fourfold));
+    f = f - (norm(f) - target) / slope;
   }
   const at::Tensor start_fits = norm(start) <= target;
-  // Newton from outside ends within rounding of the sphere.
-  return at::where(start_fits, start, at::where(norm(f) <= target * (1 + 1e-9), f, low));
+  // A root that Newton missed (a quartic that is not monotone, a NaN) leaves the bound.
+  const at::Tensor found = (norm(f) <= target * (1 + 1e-9))
+                               .logical_and(f >= bound)
+                               .logical_and(f <= start);
+  return at::where(start_fits, start, at::where(found, f, bound));
 }
 
 TrustRegionSubproblem::Solution TrustRegionSubproblem::solve(const at::Tensor& radius,

@@ -43,6 +43,9 @@ class CTRLORA_API Engine {
   /// Scale of the loss for the gradients observed from now on (GradScaler).
   void set_loss_scale(double loss_scale);
 
+  /// Forgets what was observed since the last step: gradients that are thrown away take their rows along.
+  void drop_observations();
+
   [[nodiscard]] int64_t steps() const { return steps_; }
   [[nodiscard]] const Options& options() const { return options_; }
   /// Names of the pairs that were handed to AdamW after repeated failures.
@@ -68,6 +71,7 @@ class CTRLORA_API Engine {
       const detail::AdamW& fallback, const std::vector<const GroupSettings*>& by_group) const;
   [[nodiscard]] static Quartic predicted_kl(const std::vector<Move>& moves);
   void retire_failed_layers();
+  void hand_to_adamw(const LoraPair& pair, int64_t group);
 
   Options options_;
   SideStream side_stream_;

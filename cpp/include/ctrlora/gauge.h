@@ -19,13 +19,13 @@ struct CTRLORA_API GaugeMap {
   at::Tensor ok;       ///< (L) bool; elsewhere map = inverse = I
 };
 
-/// The map to the balanced gauge. Sigma is floored at 1e-6 of its maximum inside R, so that a deficient
-/// B keeps finite factors. Layers with P = 0 or a failed decomposition keep their gauge.
+/// The map to the balanced gauge. Sigma is floored at 0.01 of its maximum inside R, so that directions
+/// which B does not have keep A rows of usable size. Layers with P = 0 or a failed decomposition keep their gauge.
 /// @param gram_b P, gram_a Q: (L, r, r) float64.
 CTRLORA_API GaugeMap balance(const at::Tensor& gram_b, const at::Tensor& gram_a);
 
 /// Applies the map in place to slabs a (L,r,n), b (L,m,r) and their momenta.
-CTRLORA_API void apply_gauge(const GaugeMap& gauge, at::Tensor& a, at::Tensor& b,
-                             at::Tensor& momentum_a, at::Tensor& momentum_b);
+CTRLORA_API void apply_gauge(const GaugeMap& gauge, const at::Tensor& a, const at::Tensor& b,
+                             const at::Tensor& momentum_a, const at::Tensor& momentum_b);
 
 }  // namespace ctrlora

@@ -32,8 +32,9 @@ struct CTRLORA_API Proposal {
 };
 
 namespace detail {
+class ParameterSlabs;
 class PendingObservations;
-}
+}  // namespace detail
 
 class CTRLORA_API LayerGroup : public ObservationSink {
  public:
@@ -79,6 +80,8 @@ class CTRLORA_API LayerGroup : public ObservationSink {
 
   /// Takes out the layers that failed `max_misses` times in a row. Synchronises: not for every step.
   std::vector<LoraPair> take_failed();
+  /// Takes out the layers marked in `layers` (L) bool that are still active; they stay in the slabs.
+  std::vector<LoraPair> take_out(const at::Tensor& layers);
 
   /// State by name, without the parameters; live tensors.
   [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
@@ -90,14 +93,9 @@ class CTRLORA_API LayerGroup : public ObservationSink {
     int64_t begin, end;
   };
   [[nodiscard]] Range due(int64_t step) const;
-  [[nodiscard]] std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> gradients(
-      Range range) const;
   [[nodiscard]] std::pair<at::Tensor, at::Tensor> raw_gradients(Range range) const;
   void update_rms(Range range, const SideProducts& input, const SideProducts& output,
                   const SideMetric& input_metric, const SideMetric& output_metric);
-  void adopt_parameters();
-  static void rebind(at::Tensor& param, const at::Tensor& slab, int64_t layer,
-                     const std::string& name);
   void move_state(const at::TensorOptions& options);
   void want();
   void balance_gauge();
@@ -108,10 +106,10 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   int64_t group_;
   Options options_;
   std::shared_ptr<RowSampler> sampler_;
+  std::unique_ptr<detail::ParameterSlabs> parameters_;
   std::unique_ptr<detail::PendingObservations> observations_;
 
-  at::Tensor a_, b_;                    // (L, r, n), (L, m, r) parameters' storage
-  at::Tensor momentum_a_, momentum_b_;  // same shapes, statistics' dtype
+  at::Tensor momentum_a_, momentum_b_;  // (L, r, n), (L, m, r), statistics' dtype
   at::Tensor momentum_weight_;          // (L) float64: 1 - beta1^t of the steps taken
   at::Tensor rms_square_, rms_weight_;  // (L) float64 EMA and its weight
   at::Tensor scaling_;                  // (L) float64

@@ -37,8 +37,9 @@ class CTRLORA_API LowRankEigen {
 
   /// The identity for L layers of size d with k eigenpairs.
   /// @param options device and dtype (float32 or float64) of the basis.
-  LowRankEigen(int64_t layers, int64_t size, int64_t sketch_rank,
-               const at::TensorOptions& options);
+  /// @param wide whether the basis' columns are contiguous in memory, as A's rows are; else its rows.
+  LowRankEigen(int64_t layers, int64_t size, int64_t sketch_rank, const at::TensorOptions& options,
+               bool wide = false);
 
   [[nodiscard]] int64_t layers() const { return basis_.size(0); }
   [[nodiscard]] int64_t size() const { return basis_.size(1); }

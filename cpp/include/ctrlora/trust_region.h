@@ -24,9 +24,9 @@ struct CTRLORA_API Quartic {
 CTRLORA_API Quartic squared_norm(const StepGrams& input, const StepGrams& output,
                                  const at::Tensor& scaling);
 
-/// The largest f <= start, found without leaving the ball, with |D(f)| <= radius: `start` if inside,
-/// else the first crossing by Newton from the triangle-inequality bound (always inside), safeguarded by
-/// bisection. A fixed number of iterations. @param radius, start (L) float64, >= 0.
+/// How far along D(f) with |D(f)| <= radius and f <= start: `start` if inside, else the crossing by a
+/// fixed number of Newton iterations, safeguarded by the triangle-inequality bound, which is always
+/// inside and stands in where Newton fails. @param radius, start (L) float64, >= 0.
 CTRLORA_API at::Tensor inside_ball(const Quartic& norm, const at::Tensor& radius,
                                    const at::Tensor& start);
 

@@ -2,10 +2,11 @@
 
 #include <ATen/ops/_foreach_sub.h>
 #include <ATen/ops/_fused_adamw.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+
+#include "detail/check.h"
 
 namespace ctrlora::detail {
 
@@ -29,6 +30,9 @@ void AdamW::step(const GroupSettings& settings, bool maximize) {
     if (!grad.defined()) {
       continue;
     }
+    CTRLORA_CHECK(grad.layout() == at::kStrided, "ctrlora::Engine::step",
+                  "expected dense gradients; got ", grad.layout(), " of shape ", grad.sizes(),
+                  ". Remedy: build the embedding with sparse=False.");
     for (at::Tensor* state : {&exp_avg_[i], &exp_avg_sq_[i]}) {  // the model may have been moved
       if (state->device() != params_[i].device() ||
           state->scalar_type() != params_[i].scalar_type()) {
@@ -43,7 +47,12 @@ void AdamW::step(const GroupSettings& settings, bool maximize) {
     exp_avg.push_back(exp_avg_[i]);
     exp_avg_sq.push_back(exp_avg_sq_[i]);
     steps.push_back(steps_[i]);
-    finite.push_back(at::isfinite(grad).all().to(params_.front().device()));
+    // A gradient whose square overflows would stop its parameter for good.
+    const at::Tensor largest = grad.abs().amax();
+    finite.push_back(largest.to(at::promoteTypes(grad.scalar_type(), at::kFloat))
+                         .square()
+                         .isfinite()
+                         .to(params_.front().device()));
   }
   if (params.empty()) {
     return;

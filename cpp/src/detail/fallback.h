@@ -22,7 +22,7 @@ class AdamW {
   [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
 
   at::Tensor skipped;    ///< (1) int64 steps skipped
-  bool retired = false;  ///< a pair that was handed over: its settings are a pair group's
+  std::string retired;   ///< name of the pair that was handed over (its settings are a pair group's)
 
  private:
   std::vector<at::Tensor> params_, exp_avg_, exp_avg_sq_, steps_;

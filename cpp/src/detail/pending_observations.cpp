@@ -99,7 +99,7 @@ FactorSketch PendingObservations::input_sketch(int64_t layer, const Observation&
 }
 
 void PendingObservations::add(int64_t layer, const Observation& observation,
-                              KroneckerFactors& factors, const Options& options) {
+                              KroneckerFactors& factors) {
   const std::lock_guard<std::mutex> lock(mutex_);
   LowRankEigen output = factors.output.slice(layer, layer + 1);
   if (observation.inputs.device() != output.basis().device() ||
@@ -108,7 +108,7 @@ void PendingObservations::add(int64_t layer, const Observation& observation,
     return;  // a model in the middle of a move, or a module whose output is not this layer's
   }
   const at::ScalarType dtype = output.basis().scalar_type();
-  at::Tensor grads = observation.output_grads.to(dtype) * (1.0 / options.loss_scale);
+  at::Tensor grads = observation.output_grads.to(dtype);
   // Rows without a gradient (padding, ignored labels) and rows with non-finite numbers do not count.
   const at::Tensor largest = grads.abs().amax(-1);
   const at::Tensor counts = (largest > 0)
@@ -188,7 +188,11 @@ void PendingObservations::clear() {
 
 void PendingObservations::resume(const KroneckerFactors& factors) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const at::Tensor started = factors.input.basis().abs().flatten(1).amax(-1).to(at::kCPU) > 0;
+  // A complete basis is never zero, an unstarted one of k < d is.
+  const auto has_basis = [](const LowRankEigen& factor) {
+    return factor.basis().abs().flatten(1).amax(-1).to(at::kCPU) > 0;
+  };
+  const at::Tensor started = has_basis(factors.input).logical_and(has_basis(factors.output));
   const at::Tensor observed = factors.absolute.to(at::kCPU);
   for (size_t l = 0; l < sums_.size(); ++l) {
     started_[l] = started.const_data_ptr<bool>()[l];

@@ -22,8 +22,7 @@ class PendingObservations {
   [[nodiscard]] int64_t micro_batch(int64_t layer) const;
 
   /// Adds one backward of one layer, sketched in the layer's present bases; the rows are freed.
-  void add(int64_t layer, const Observation& observation, KroneckerFactors& factors,
-           const Options& options);
+  void add(int64_t layer, const Observation& observation, KroneckerFactors& factors);
 
   /// Rows for the gradient proxy: gradA (L, r, n), gradB^T (L, r, m), zero where a layer has none.
   using GradientRows = std::function<std::pair<at::Tensor, at::Tensor>()>;

@@ -3,38 +3,170 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
+#include "detail/tall_kernels.h"
 #include "detail/tensor_math.h"
 
 namespace ctrlora::detail {
 
-at::Tensor tall_gram(const at::Tensor& x, const at::Tensor& y) {
-  return at::bmm(x.mT(), y).to(at::kDouble);
-}
-
 namespace {
+
+constexpr int64_t kChunk = 1024;  // rows of one task: small enough to balance, large enough to amortise
 
 // At B = 0 the coefficients of an exactly zero momentum are 1e60: in range for float64 only.
 at::Tensor narrow(const at::Tensor& coefficients, at::ScalarType dtype) {
   return dtype == at::kDouble ? coefficients : coefficients.clamp(-1e30, 1e30).to(dtype);
 }
 
+enum class Layout { kTall, kWide, kOther };
+
+Layout layout_of(const at::Tensor& slab) {
+  if (!slab.is_cpu() || slab.scalar_type() != at::kFloat || slab.dim() != 3) {
+    return Layout::kOther;
+  }
+  if (slab.stride(2) == 1) {
+    return Layout::kTall;
+  }
+  return slab.stride(1) == 1 ? Layout::kWide : Layout::kOther;
+}
+
+// The common layout of slabs that the CPU kernels take, else kOther.
+Layout common_layout(const std::vector<at::Tensor>& slabs) {
+  const Layout layout = layout_of(slabs.front());
+  const bool same = std::all_of(slabs.begin(), slabs.end(), [&](const at::Tensor& slab) {
+    return layout_of(slab) == layout;
+  });
+  return same ? layout : Layout::kOther;
+}
+
+TallMatrix layer_matrix(const at::Tensor& slab, int64_t layer, bool wide) {
+  // The kernels write through terms[0] alone, which the caller handed over for that.
+  auto* data = const_cast<float*>(slab.const_data_ptr<float>());  // NOLINT(*-const-cast)
+  return {data + layer * slab.stride(0), slab.size(2), slab.stride(wide ? 2 : 1)};
+}
+
+// Layout of all slabs of all jobs; kOther if the kernels do not take them.
+Layout kernel_layout(const std::vector<GramJob>& jobs) {
+  std::vector<at::Tensor> slabs;
+  for (const GramJob& job : jobs) {
+    slabs.insert(slabs.end(), job.left.begin(), job.left.end());
+    slabs.push_back(job.right);
+    if (!kernel_takes(job.right.size(2))) {
+      return Layout::kOther;
+    }
+  }
+  return common_layout(slabs);
+}
+
+int64_t total_columns(const GramJob& job) {
+  int64_t columns = 0;
+  for (const at::Tensor& left : job.left) {
+    columns += left.size(2);
+  }
+  return columns;
+}
+
+// (L, chunks, p, q) float32 -> (L, p, q) float64, in order.
+at::Tensor sum_chunks(const at::Tensor& partial) {
+  at::Tensor out = at::zeros({partial.size(0), partial.size(2), partial.size(3)},
+                             partial.options().dtype(at::kDouble));
+  const int64_t size = partial.stride(1);
+  const auto* from = partial.const_data_ptr<float>();
+  auto* to = out.data_ptr<double>();
+  for (int64_t l = 0; l < partial.size(0); ++l, to += size) {
+    for (int64_t c = 0; c < partial.size(1); ++c, from += size) {
+      for (int64_t i = 0; i < size; ++i) {
+        to[i] += static_cast<double>(from[i]);
+      }
+    }
+  }
+  return out;
+}
+
 }  // namespace
+
+std::vector<at::Tensor> tall_grams(const std::vector<GramJob>& jobs) {
+  std::vector<at::Tensor> out;
+  const Layout layout = kernel_layout(jobs);
+  if (layout == Layout::kOther) {
+    for (const GramJob& job : jobs) {
+      std::vector<at::Tensor> parts;
+      for (const at::Tensor& left : job.left) {
+        parts.push_back(at::bmm(left.mT(), job.right));
+      }
+      out.push_back(at::cat(parts, 1).to(at::kDouble));
+    }
+    return out;
+  }
+  const bool wide = layout == Layout::kWide;
+  const int64_t layers = jobs.front().right.size(0);
+  const int64_t size = jobs.front().right.size(1);
+  const int64_t chunks = (size + kChunk - 1) / kChunk;
+  std::vector<at::Tensor> partial;
+  for (const GramJob& job : jobs) {
+    partial.push_back(at::zeros({layers, chunks, total_columns(job), job.right.size(2)},
+                                job.right.options()));
+  }
+  at::parallel_for(0, layers * chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t layer = task / chunks;
+      const int64_t begin = task % chunks * kChunk;
+      const int64_t end = std::min(size, begin + kChunk);
+      for (size_t j = 0; j < jobs.size(); ++j) {
+        const TallMatrix right = layer_matrix(jobs[j].right, layer, wide);
+        float* sums = partial[j].data_ptr<float>() + task * partial[j].stride(1);
+        for (const at::Tensor& slab : jobs[j].left) {
+          gram_kernel(layer_matrix(slab, layer, wide), right, wide, begin, end, sums);
+          sums += slab.size(2) * right.columns;
+        }
+      }
+    }
+  });
+  for (const at::Tensor& sums : partial) {
+    out.push_back(sum_chunks(sums));
+  }
+  return out;
+}
+
+at::Tensor tall_gram(const at::Tensor& x, const at::Tensor& y) {
+  return tall_grams({{{x}, y}}).front();
+}
 
 void tall_combine(const at::Tensor& weight, const at::Tensor& w, const at::Tensor& momentum,
                   const at::Tensor& m, const at::Tensor& basis, const at::Tensor& u) {
   const at::ScalarType dtype = momentum.scalar_type();
-  at::Tensor sum = at::bmm(weight.to(dtype), narrow(w, dtype));
-  sum.baddbmm_(momentum, narrow(m, dtype));
-  sum.baddbmm_(basis, narrow(u, dtype));
-  weight.copy_(sum);
+  const Layout layout = common_layout({weight, momentum, basis});
+  if (layout == Layout::kOther || !kernel_takes(weight.size(2)) ||
+      weight.size(2) > kMaxCombineColumns) {
+    at::Tensor sum = at::bmm(weight.to(dtype), narrow(w, dtype));
+    sum.baddbmm_(momentum, narrow(m, dtype));
+    sum.baddbmm_(basis, narrow(u, dtype));
+    weight.copy_(sum);
+    return;
+  }
+  const bool wide = layout == Layout::kWide;
+  const at::Tensor coefficients = narrow(at::cat({w, m, u}, 1), dtype).contiguous();
+  const int64_t size = weight.size(1);
+  const int64_t chunks = (size + kChunk - 1) / kChunk;
+  at::parallel_for(0, weight.size(0) * chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t layer = task / chunks;
+      const int64_t begin = task % chunks * kChunk;
+      const TallMatrix terms[] = {layer_matrix(weight, layer, wide),
+                                  layer_matrix(momentum, layer, wide),
+                                  layer_matrix(basis, layer, wide)};
+      combine_kernel(terms, 3, wide,
+                     coefficients.const_data_ptr<float>() + layer * coefficients.stride(0), begin,
+                     std::min(size, begin + kChunk));
+    }
+  });
 }
 
 namespace {
@@ -60,31 +192,34 @@ bool in_plain_memory(const std::vector<at::Tensor>& grads, const at::Tensor& mom
          });
 }
 
+// Largest squared norm of a gradient whose Grams are in range: beyond it the layer sits out the step.
+double largest_square(at::ScalarType dtype) { return dtype == at::kDouble ? 1e290 : 1e30; }
+
 template <typename T>
-bool all_finite(const T* values, int64_t count) {
-  // x * 0 is 0 for finite x and NaN else: a sum without branches, which the compiler vectorises.
-  T sums[16] = {};
+T sum_of_squares(const T* values, int64_t count) {
+  T sums[16] = {};  // independent sums, which the compiler vectorises
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
     for (int j = 0; j < 16; ++j) {
-      sums[j] += values[i + j] * T(0);
+      sums[j] += values[i + j] * values[i + j];
     }
   }
   T sum = 0;
   for (; i < count; ++i) {
-    sum += values[i] * T(0);
+    sum += values[i] * values[i];
   }
   for (const T part : sums) {
     sum += part;
   }
-  return sum == T(0);
+  return sum;
 }
 
 }  // namespace
 
 at::Tensor finite_gradients(const std::vector<at::Tensor>& grads, const at::Tensor& momentum) {
+  const double limit = largest_square(momentum.scalar_type());  // false for NaN, too
   if (!in_plain_memory(grads, momentum)) {
-    return at::isfinite(stack_defined(grads, momentum).flatten(1).abs().amax(-1));
+    return stack_defined(grads, momentum).flatten(1).square().sum(-1) <= limit;
   }
   const auto layers = static_cast<int64_t>(grads.size());
   at::Tensor finite = at::empty({layers}, momentum.options().dtype(at::kBool));
@@ -93,7 +228,8 @@ at::Tensor finite_gradients(const std::vector<at::Tensor>& grads, const at::Tens
     at::parallel_for(0, layers, 1, [&](int64_t begin, int64_t end) {
       for (int64_t l = begin; l < end; ++l) {
         const at::Tensor& grad = grads[static_cast<size_t>(l)];
-        out[l] = !grad.defined() || all_finite(grad.const_data_ptr<scalar_t>(), grad.numel());
+        out[l] = !grad.defined() ||
+                 sum_of_squares(grad.const_data_ptr<scalar_t>(), grad.numel()) <= limit;
       }
     });
   });

@@ -8,6 +8,16 @@
 
 namespace ctrlora::detail {
 
+/// Several left sides against one right side: every slab is (L, d, .) of any strides.
+struct GramJob {
+  std::vector<at::Tensor> left;  // (L, d, p_i)
+  at::Tensor right;              // (L, d, q)
+};
+
+/// left_i^T right for all jobs in one pass over d: per job (L, sum of p_i, q) float64. The sums run in
+/// chunks of fixed size, so the result does not depend on the number of threads.
+std::vector<at::Tensor> tall_grams(const std::vector<GramJob>& jobs);
+
 /// x^T y for x (L, d, p), y (L, d, q) of any strides: (L, p, q) float64.
 at::Tensor tall_gram(const at::Tensor& x, const at::Tensor& y);
 
@@ -16,7 +26,8 @@ at::Tensor tall_gram(const at::Tensor& x, const at::Tensor& y);
 void tall_combine(const at::Tensor& weight, const at::Tensor& w, const at::Tensor& momentum,
                   const at::Tensor& m, const at::Tensor& basis, const at::Tensor& u);
 
-/// (L) bool: a layer's gradient holds no NaN or inf. Undefined gradients count as finite.
+/// (L) bool: a layer's gradient holds no NaN or inf and is not so large that its Grams overflow.
+/// Undefined gradients count as finite.
 /// @param momentum the slab that the gradients belong to.
 at::Tensor finite_gradients(const std::vector<at::Tensor>& grads, const at::Tensor& momentum);
 

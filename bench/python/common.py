@@ -1,0 +1,81 @@
+"""What every bench shares: threads, interleaved timing, the JSON record."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value below which `share` of the sorted values lie."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of each run per round, all of them in turn: load on the machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(warm_up + rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, float]:
+    """Median of the per-round ratios, and the 95th percentile of `name` over the median of `to`."""
+    each = [a / b for a, b in zip(seconds[name], seconds[to], strict=True)]
+    return {
+        "median": statistics.median(each),
+        "p95": quantile(seconds[name], 0.95) / statistics.median(seconds[to]),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on and with."""
+    versions = {}
+    for package in ("pyctrlora", "torch", "peft", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "none"
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []:
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    return {
+        "processor": model,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def record(name: str, result: dict[str, Any], out: Path | None = None) -> Path:
+    """Writes bench/results/NAME.json and prints it."""
+    path = out or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"bench": name, "machine": machine(), **result}, indent=2)
+    path.write_text(text + "\n")
+    print(text)
+    return path

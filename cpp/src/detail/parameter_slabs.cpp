@@ -1,0 +1,81 @@
+#include "detail/parameter_slabs.h"
+
+#include <ATen/ops/stack.h>
+
+#include "detail/check.h"
+#include "detail/tensor_math.h"
+
+namespace ctrlora::detail {
+
+ParameterSlabs::ParameterSlabs(std::vector<LoraPair> pairs) : pairs_(std::move(pairs)) { adopt(); }
+
+void ParameterSlabs::adopt() {
+  const NumericsGuard guard;
+  std::vector<at::Tensor> a, b;
+  for (const LoraPair& pair : pairs_) {
+    a.push_back(pair.a.detach());
+    b.push_back(pair.b.detach());
+  }
+  a_ = at::stack(a);
+  b_ = at::stack(b);
+  for (size_t l = 0; l < pairs_.size(); ++l) {
+    pairs_[l].a.set_data(a_[static_cast<int64_t>(l)]);
+    pairs_[l].b.set_data(b_[static_cast<int64_t>(l)]);
+  }
+}
+
+bool ParameterSlabs::bind() {
+  const LoraPair& first = pairs_.front();
+  if (first.a.device() != a_.device() || first.a.scalar_type() != a_.scalar_type()) {
+    for (const LoraPair& pair : pairs_) {  // the whole model was cast or moved
+      pair.validate();
+      CTRLORA_CHECK(pair.a.device() == first.a.device() &&
+                        pair.a.scalar_type() == first.a.scalar_type(),
+                    "ctrlora::Engine::step", "pairs '", first.name, "' and '", pair.name,
+                    "' started on one device with one dtype and now differ: ", first.a.device(),
+                    " ", first.a.scalar_type(), " and ", pair.a.device(), " ",
+                    pair.a.scalar_type(), ". Remedy: build a new optimizer.");
+    }
+    adopt();
+    return true;
+  }
+  for (size_t l = 0; l < pairs_.size(); ++l) {
+    rebind(pairs_[l].a, a_, static_cast<int64_t>(l), pairs_[l].name);
+    rebind(pairs_[l].b, b_, static_cast<int64_t>(l), pairs_[l].name);
+  }
+  return false;
+}
+
+void ParameterSlabs::rebind(at::Tensor& param, const at::Tensor& slab, int64_t layer,
+                        const std::string& name) {
+  const char* expected = static_cast<const char*>(slab.const_data_ptr()) +
+                         layer * slab.stride(0) * slab.element_size();
+  if (param.const_data_ptr() == expected) {
+    return;
+  }
+  const NumericsGuard guard;
+  const at::Tensor home = slab[layer];
+  CTRLORA_CHECK(param.sizes() == home.sizes() && param.device() == home.device() &&
+                    param.scalar_type() == home.scalar_type(),
+                "ctrlora::Engine::step", "a parameter of pair '", name, "' was replaced: expected ",
+                home.sizes(), " ", home.scalar_type(), " on ", home.device(), "; got ",
+                param.sizes(), " ", param.scalar_type(), " on ", param.device(),
+                ". Remedy: build a new optimizer after changing ranks.");
+  home.copy_(param.detach());
+  param.set_data(home);
+}
+
+std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> ParameterSlabs::gradients(
+    int64_t begin, int64_t end) const {
+  std::vector<at::Tensor> a, b;
+  for (auto l = static_cast<size_t>(begin); l < static_cast<size_t>(end); ++l) {
+    at::Tensor grad_a = pairs_[l].a.grad();
+    at::Tensor grad_b = pairs_[l].b.grad();
+    const bool both = grad_a.defined() && grad_b.defined();
+    a.push_back(both ? std::move(grad_a) : at::Tensor());
+    b.push_back(both ? std::move(grad_b) : at::Tensor());
+  }
+  return {std::move(a), std::move(b)};
+}
+
+}  // namespace ctrlora::detail

@@ -1,0 +1,29 @@
+"""pyctrlora: curvature-whitened, trust-region training of LoRA adapters on a C++ engine.
+
+Example:
+    >>> import torch, pyctrlora
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
+    >>> model = pyctrlora.add_lora(model, rank=2)
+    >>> opt = pyctrlora.CTROptimizer(model.parameters(), lr=0.1)
+    >>> model(torch.ones(4, 8)).square().mean().backward()
+    >>> opt.step()
+"""
+
+# ruff: noqa: E402  (the torch version is checked before anything loads the extension)
+from pyctrlora._torch_version import load_extension
+
+load_extension()
+
+from pyctrlora.attach import Attachment, attach
+from pyctrlora.layers import LoRALinear, add_lora
+from pyctrlora.optimizer import CTROptimizer
+from pyctrlora.options import EngineOptions
+
+__all__ = [
+    "Attachment",
+    "CTROptimizer",
+    "EngineOptions",
+    "LoRALinear",
+    "add_lora",
+    "attach",
+]

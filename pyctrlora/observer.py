@@ -1,0 +1,103 @@
+"""Hooks that watch one PEFT LoRA layer for the engine."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, loads dynamo lazily
+
+if TYPE_CHECKING:
+    from pyctrlora import _C
+
+_ATTRIBUTE = "_ctrlora_observer"  # where a LoRA layer keeps its observer
+
+
+class LayerObserver:
+    """Two forward hooks: the base layer's samples rows, the LoRA layer's waits for the gradient.
+
+    The rows are sampled where the base's output is at hand, before anything can write to it;
+    nothing but samples is kept. A deep or pickled copy of the model gets a blind observer, since
+    the slots belong to the original's tensors; attaching the copy gives it its own.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        """Installs the hooks."""
+        self.slots: dict[str, _C.ObservationSlot] = {}
+        self.captures: list[_C.Capture] = []
+        self.layer = weakref.ref(layer)
+        base: nn.Module = layer.base_layer  # type: ignore[assignment]
+        self.handles = [
+            base.register_forward_hook(self.see_base),
+            layer.register_forward_hook(self.see_output, with_kwargs=True),
+        ]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> LayerObserver:
+        """The observer of a LoRA layer, installed if it has none."""
+        observer = layer.__dict__.get(_ATTRIBUTE)
+        if observer is None:
+            observer = cls(layer)
+            setattr(layer, _ATTRIBUTE, observer)
+        return observer
+
+    def watch(self, layer: nn.Module, adapter: str, slot: _C.ObservationSlot) -> bool:
+        """Observes one more adapter; False if it was observed already."""
+        new = self.slots.get(adapter) is not slot
+        self.layer = weakref.ref(layer)
+        self.slots[adapter] = slot
+        return new
+
+    def forget(self, adapter: str, slot: _C.ObservationSlot) -> bool:
+        """Stops observing an adapter, if still by this slot; without any the hooks are removed."""
+        if self.slots.get(adapter) is not slot:
+            return False
+        del self.slots[adapter]
+        layer = self.layer()
+        if not self.slots and layer is not None:
+            for handle in self.handles:
+                handle.remove()
+            layer.__dict__.pop(_ATTRIBUTE, None)
+        return True
+
+    @_disable_dynamo  # compiled models break their graph here
+    def see_base(self, _base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the base layer: samples rows for every adapter that is on and wanted."""
+        self.captures = []
+        wanted = [name for name, slot in self.slots.items() if slot.wanted]
+        if not (wanted and args and torch.is_grad_enabled() and isinstance(output, Tensor)):
+            return
+        layer = self.layer()
+        if getattr(layer, "disable_adapters", False) or getattr(layer, "merged", False):
+            return
+        active = getattr(layer, "active_adapters", wanted)
+        for name in wanted:
+            if name in active:
+                capture = self.slots[name].capture(args[0], output)
+                if capture is not None:
+                    self.captures.append(capture)
+
+    @_disable_dynamo
+    def see_output(
+        self, _layer: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """After the LoRA layer: waits for the gradient of its output."""
+        captures, self.captures = self.captures, []
+        # With adapter_names each adapter sees only some of the rows.
+        mixed = bool(captures) and kwargs.get("adapter_names") is not None
+        if captures and not mixed and isinstance(output, Tensor) and output.requires_grad:
+            for capture in captures:
+                output.register_hook(capture.complete)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The hooks only."""
+        return {"handles": self.handles}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A blind observer."""
+        self.slots = {}
+        self.captures = []
+        self.layer = weakref.ref(nn.Module())  # dead
+        self.handles = state["handles"]

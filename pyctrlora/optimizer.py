@@ -1,0 +1,255 @@
+"""`CTROptimizer`: the engine as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._compile import _disable_dynamo
+
+from pyctrlora.attach import attach
+from pyctrlora.describe import describe
+from pyctrlora.pairing import Named, find_pairs, label, named_tensors
+from pyctrlora.param_groups import (
+    FALLBACK,
+    VERSION,
+    as_groups,
+    check_fits,
+    check_numbers,
+    params_of,
+    settings_of,
+    warn_unused_lr,
+)
+from pyctrlora.roster import Roster
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+    from typing_extensions import Self, Unpack
+
+    from pyctrlora.options import EngineOptions
+
+_WHERE = "[pyctrlora.CTROptimizer]"
+
+
+class CTROptimizer(torch.optim.Optimizer):
+    """Curvature-whitened, trust-region steps for LoRA pairs; AdamW for everything else.
+
+    Pairs are those `attach` or `LoRALinear` registered, else those that PEFT's parameter names
+    tell. Each parameter group is split in two: a pair group (`kind="pairs"`) and a fallback group
+    (`kind="fallback"`: heads, biases, norms, unsupported adapters), in this order. Both have `lr`,
+    so every torch scheduler works; one that sets absolute values needs a list, one per group.
+    Frozen parameters are left alone and join AdamW's once they require grad.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or dicts of them as in any torch optimizer. A dict
+            may hold `lr` and `weight_decay` for its pairs and the `fallback_` keys for the rest.
+        lr: the largest relative change of a layer's output in one step, >= 0. 0.1 carries over
+            between models, ranks and alphas; use warm-up and decay as usual. At 0 nothing happens.
+        fallback_lr: AdamW's learning rate, its usual default.
+        weight_decay: decoupled decay of A and B, shrinking them by lr * weight_decay a step.
+        fallback_betas: AdamW's.
+        fallback_eps: AdamW's.
+        fallback_weight_decay: AdamW's; 0, since heads and norms are rarely decayed.
+        **options: settings of the engine, by keyword: see `pyctrlora.options.EngineOptions`.
+
+    Raises:
+        ValueError: a number out of range; no parameter, or one twice; half a pair; a pair on two
+            devices.
+        TypeError: integer, complex, sparse or sharded parameters; an unknown option.
+
+    Example:
+        >>> from torch import nn
+        >>> from pyctrlora import add_lora
+        >>> model = add_lora(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2)), rank=2)
+        >>> opt = CTROptimizer(model.parameters(), lr=0.1)
+        >>> for _ in range(3):
+        ...     model(torch.ones(4, 8)).square().mean().backward()
+        ...     opt.step()
+        ...     opt.zero_grad()
+        >>> opt.ranks()
+        {'0': 2, '2': 2}
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.1,
+        *,
+        fallback_lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        fallback_betas: tuple[float, float] = (0.9, 0.999),
+        fallback_eps: float = 1e-8,
+        fallback_weight_decay: float = 0.0,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        """See the class."""
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "fallback_lr": fallback_lr,
+            "fallback_betas": fallback_betas,
+            "fallback_eps": fallback_eps,
+            "fallback_weight_decay": fallback_weight_decay,
+        }
+        check_numbers(defaults)
+        self._roster = Roster(options, float(fallback_lr))
+        super().__init__(as_groups(params), defaults)
+        if not self._roster.pairs:
+            warnings.warn(
+                f"{_WHERE} found no LoRA pair among its parameters and trains all of them by "
+                "AdamW. Remedy: pyctrlora.attach(model) first, CTROptimizer.from_model(model), or "
+                "pass model.named_parameters().",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    @classmethod
+    def from_model(cls, model: nn.Module, adapter_name: str | None = None, **settings: Any) -> Self:
+        """`attach(model, adapter_name)`, then the optimizer over its trainable parameters.
+
+        Args:
+            model: with PEFT's LoRA layers or `LoRALinear`.
+            adapter_name: only pairs of this adapter; default: every trainable one.
+            **settings: of the constructor.
+
+        Raises:
+            ValueError: no trainable LoRA layer, or as the constructor.
+
+        Example:
+            >>> from torch import nn
+            >>> from pyctrlora import add_lora
+            >>> model = add_lora(nn.Sequential(nn.Linear(8, 8)), rank=2)
+            >>> CTROptimizer.from_model(model, lr=0.05).ranks()
+            {'0': 2}
+        """
+        attach(model, adapter_name)
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return cls(trainable, **settings)
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step from the gradients in `.grad`, which are read and never written.
+
+        Args:
+            closure: runs forward and backward once and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale = self._roster.config.get("loss_scale")
+        if callable(scale):
+            self._roster.engine.set_loss_scale(scale())
+        self._roster.adopt_thawed()
+        self._roster.engine.step([settings_of(group) for group in self.param_groups])
+        return loss
+
+    @_disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, at any time, as its pair group and its fallback group.
+
+        Args:
+            param_group: `params` and any of the constructor's numbers.
+
+        Raises:
+            ValueError: as the constructor.
+            TypeError: as the constructor.
+        """
+        check_numbers(param_group)
+        members = named_tensors(params_of(param_group))
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        for name, tensor in members:
+            if id(tensor) in known:
+                raise ValueError(
+                    f"{_WHERE} expected each parameter in one group; got {label(name, tensor)} in "
+                    "a second one. Remedy: leave it out."
+                )
+        pairs = find_pairs(members, len(self._roster.all_pairs()))
+        halves = {id(half) for pair in pairs for half in (pair.a, pair.b)}
+        own = {k: v for k, v in param_group.items() if k not in ("params", "param_names", "kind")}
+        chosen = {**self.defaults, **own}
+        common = {k: v for k, v in chosen.items() if k not in FALLBACK.values()}
+        if pairs:
+            settings = {**common, "first_lr": float(chosen["lr"]), "kind": "pairs"}
+            self._add_part([m for m in members if id(m[1]) in halves], settings)
+            self._roster.add_pairs(pairs, len(self.param_groups) - 1)
+        elif "lr" in own and "fallback_lr" not in own:
+            warn_unused_lr(own["lr"], chosen["fallback_lr"])
+        rest = [m for m in members if id(m[1]) not in halves]
+        if rest:
+            adamw = {key: chosen[source] for key, source in FALLBACK.items()}
+            self._add_part(rest, {**common, **adamw, "kind": "fallback"})
+            self._roster.add_others([tensor for _, tensor in rest], len(self.param_groups) - 1)
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain types and tensors, loadable with `torch.load(weights_only=True)`.
+
+        Beside torch's keys it holds "ctrlora": {"version", "steps", "tensors"}. The tensors are
+        the engine's own, not copies.
+        """
+        # As hooks, so that the user's own see the section too.
+        add = self._add_section
+        handle = self.register_state_dict_post_hook(lambda _, state: add(state), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a state; the tensors keep their own dtypes. Training then goes on bit for bit.
+
+        Args:
+            state_dict: from an optimizer over the same pairs and parameters in the same groups.
+
+        Raises:
+            ValueError: it is another optimizer's, another version's, or does not fit.
+        """
+        load = self._load_section
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: load(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def ranks(self) -> dict[str, int]:
+        """Rank of each pair by its name."""
+        return {pair.name: pair.a.shape[0] for _, pair in self._roster.all_pairs()}
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers about the last step and counters of what was skipped; reading synchronises."""
+        return dict(self._roster.engine.metrics())
+
+    def describe(self) -> str:
+        """What is trained how, to print: pairs, AdamW's parameters, skipped and retired layers."""
+        roster = self._roster
+        retired = roster.engine.retired()
+        return describe(self.param_groups, roster.all_pairs(), roster.frozen, retired)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Torch's keys and the roster, which rebuilds its engine; hooks are not copied."""
+        return {**super().__getstate__(), "_roster": self._roster}
+
+    def _add_part(self, members: list[Named], settings: dict[str, Any]) -> None:
+        params = [tensor if name is None else (name, tensor) for name, tensor in members]
+        super().add_param_group({"params": params, **settings})
+        for key in FALLBACK.values():  # defaults of the constructor, not of a part
+            self.param_groups[-1].pop(key, None)
+
+    def _add_section(self, state_dict: dict[str, Any]) -> None:
+        engine = self._roster.engine
+        section = {"version": VERSION, "steps": engine.steps(), "tensors": engine.named_tensors()}
+        state_dict["ctrlora"] = section
+
+    def _load_section(self, state_dict: dict[str, Any]) -> None:
+        check_fits(self.param_groups, state_dict)
+        if "ctrlora" in state_dict:
+            self._roster.engine.load(state_dict["ctrlora"]["tensors"])

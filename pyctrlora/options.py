@@ -1,0 +1,119 @@
+"""Options of the engine as keyword arguments of `CTROptimizer`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+from pyctrlora import _C
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Unpack
+
+
+class EngineOptions(TypedDict, total=False):
+    """Settings shared by all layers of one optimizer; `cpp/README.md` holds the equations.
+
+    Attributes:
+        sketch_rank: eigenpairs kept per Kronecker factor, >= 1. Default 16: a third of AdamW's
+            state, and close to dense factors.
+        sample_rows: rows (tokens) of one backward that enter a factor, >= 1. Default 256:
+            indistinguishable from all of them.
+        factor_every: steps between two observations of a layer, >= 1. Default 3.
+        factor_warmup_steps: first steps on which every layer is observed, >= 0. Default 5: the
+            factors start from nothing.
+        factor_beta: EMA weight of the old factor, in [0, 1). Default 0.95 (Martens & Grosse 2015).
+        damping: share of a factor's mean eigenvalue added to it, > 0. Default 0.01.
+        whitening: exponent of the metric, in [0, 1]. 1: natural gradient; 0: no curvature. Default
+            0.5, better than both.
+        dense_limit: largest dimension that may get a complete basis, >= 1. Default 256.
+        loss_terms: what the loss averages over: "tokens" (default), "sequences", or a number of
+            terms. Matters for `kl_radius` only.
+        loss_reduction: "mean" (default) or "sum": whether output gradients carry 1/terms.
+        loss_scale: factor on the loss during backward, > 0; or a callable that returns it, read at
+            each step, e.g. `GradScaler.get_scale`. Default 1. Gradients in `.grad` are taken as
+            they are found.
+        beta1: momentum weight, in [0, 1). Default 0.8, better than 0.9 with this direction.
+        gram_floor: relative floor of the rank-space Gram matrix, in (0, 1). Default 1e-4.
+        kl_radius: radius of the global Fisher ball in nats per loss term, > 0. Default 0.005: every
+            lr above the best one trains equally well.
+        rms_beta: EMA weight of the raw direction's squared length, in [0, 1). Default 0.95.
+        step_length: "rms" (default): steps shrink where gradients are noise; "radius": every step
+            fills the output ball.
+        balance_every: steps between two balancings of the gauge, >= 1. Default 100.
+        max_misses: failures of one layer in a row after which AdamW takes it over, >= 1. Default 5.
+        maximize: ascend instead of descend. Default False.
+        seed: of the row sampler and the first bases, >= 0. Default 0.
+    """
+
+    sketch_rank: int
+    sample_rows: int
+    factor_every: int
+    factor_warmup_steps: int
+    factor_beta: float
+    damping: float
+    whitening: float
+    dense_limit: int
+    loss_terms: int | Literal["tokens", "sequences"]
+    loss_reduction: Literal["mean", "sum"]
+    loss_scale: float | Callable[[], float]
+    beta1: float
+    gram_floor: float
+    kl_radius: float
+    rms_beta: float
+    step_length: Literal["rms", "radius"]
+    balance_every: int
+    max_misses: int
+    maximize: bool
+    seed: int
+
+
+LOSS_TERMS = {"tokens": 0, "sequences": -1}
+
+
+def make_options(fallback_lr: float, **options: Unpack[EngineOptions]) -> _C.Options:
+    """The engine's options, checked.
+
+    Args:
+        fallback_lr: AdamW's learning rate for layers that fail repeatedly.
+        **options: see `EngineOptions`.
+
+    Raises:
+        TypeError: an unknown option, or a value of the wrong type.
+        ValueError: a value out of range.
+
+    Example:
+        >>> make_options(1e-3, loss_terms="sequences").loss_terms
+        -1
+    """
+    made = _C.Options()
+    made.fallback_lr = fallback_lr
+    for name, value in options.items():
+        if name not in EngineOptions.__annotations__:
+            raise TypeError(
+                f"[pyctrlora.CTROptimizer] expected an option of EngineOptions; got {name!r}. "
+                f"Remedy: one of {', '.join(EngineOptions.__annotations__)}."
+            )
+        if name == "loss_scale" and callable(value):
+            value = value()
+        if name == "loss_terms" and isinstance(value, str):
+            value = _terms(value)
+        try:
+            setattr(made, name, value)
+        except TypeError:
+            raise TypeError(
+                f"[pyctrlora.CTROptimizer] expected {name} as in EngineOptions; got {value!r} of "
+                f"type {type(value).__name__}. Remedy: leave it out for the default."
+            ) from None
+    made.validate()
+    return made
+
+
+def _terms(value: str) -> int:
+    if value not in LOSS_TERMS:
+        raise ValueError(
+            f"[pyctrlora.CTROptimizer] loss_terms = {value!r}. Violated constraint: 'tokens', "
+            "'sequences' or a number of terms >= 1."
+        )
+    return LOSS_TERMS[value]

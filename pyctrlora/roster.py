@@ -1,0 +1,97 @@
+"""An engine and what it was given, so that optimizers can be copied and pickled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pyctrlora import _C
+from pyctrlora.options import make_options
+from pyctrlora.pairing import is_frozen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pyctrlora.options import EngineOptions
+
+
+class Roster:
+    """The engine of one optimizer, with the index of the parameter group of each of its members.
+
+    Attributes:
+        engine: does all the work of a step.
+        config: the options as the user gave them.
+        pairs: the engine's pairs, call by call.
+        adamw: the other parameters it trains, call by call.
+        frozen: parameters it has not got yet: frozen ones would only cost memory.
+    """
+
+    def __init__(self, config: EngineOptions, fallback_lr: float) -> None:
+        """An engine without members; `fallback_lr` is for layers that fail repeatedly."""
+        self.config = config
+        self.fallback_lr = fallback_lr
+        self.engine = _C.Engine(make_options(fallback_lr, **config))
+        self.pairs: list[tuple[int, list[_C.LoraPair]]] = []
+        self.adamw: list[tuple[int, list[Tensor]]] = []
+        self.frozen: list[tuple[int, Tensor]] = []
+
+    def all_pairs(self) -> list[tuple[int, _C.LoraPair]]:
+        """Every pair with the index of its parameter group."""
+        return [(group, pair) for group, pairs in self.pairs for pair in pairs]
+
+    def add_pairs(self, pairs: list[_C.LoraPair], group: int) -> None:
+        """Hands pairs to the engine; a name that is taken gets a number."""
+        taken = {pair.name for _, pair in self.all_pairs()}
+        renamed = []
+        for pair in pairs:
+            name, copies = pair.name, 1
+            while name in taken:
+                copies += 1
+                name = f"{pair.name}#{copies}"
+            taken.add(name)
+            renamed.append(_C.LoraPair(pair.a, pair.b, pair.scaling, name))
+        self.engine.add_pairs(renamed, group)
+        self.pairs.append((group, renamed))
+
+    def add_others(self, tensors: list[Tensor], group: int) -> None:
+        """Parameters for AdamW; frozen ones wait."""
+        self.frozen += [(group, tensor) for tensor in tensors]
+        self.adopt_thawed()
+
+    def adopt_thawed(self) -> None:
+        """Hands those to the engine that require grad by now."""
+        thawed: dict[int, list[Tensor]] = {}
+        for group, tensor in self.frozen:
+            if not is_frozen(tensor):
+                thawed.setdefault(group, []).append(tensor)
+        if thawed:
+            self.frozen = [(group, t) for group, t in self.frozen if is_frozen(t)]
+        for group, tensors in thawed.items():
+            self.engine.add_fallback(tensors, group)
+            self.adamw.append((group, tensors))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plain types and tensors; a pair says whether it is registered."""
+        pairs = [
+            (group, [(p.a, p.b, p.scaling, p.name, _C.find_slot(p.a) is not None) for p in pairs])
+            for group, pairs in self.pairs
+        ]
+        own = {"config": self.config, "fallback_lr": self.fallback_lr}
+        members = {"pairs": pairs, "adamw": self.adamw, "frozen": self.frozen}
+        return {**own, **members, "tensors": self.engine.named_tensors()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A new engine over the members in `state`, which may be copies."""
+        Roster.__init__(self, state["config"], state["fallback_lr"])
+        for group, members in state["pairs"]:
+            pairs = []
+            for a, b, scaling, name, registered in members:
+                pairs.append(_C.LoraPair(a, b, scaling, name))
+                if registered:
+                    _C.register_pair(pairs[-1])
+            self.engine.add_pairs(pairs, group)
+            self.pairs.append((group, pairs))
+        for group, tensors in state["adamw"]:
+            self.engine.add_fallback(tensors, group)
+            self.adamw.append((group, tensors))
+        self.frozen = state["frozen"]
+        self.engine.load(state["tensors"])
