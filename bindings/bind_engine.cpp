@@ -1,5 +1,5 @@
-#include "bindings.h"
 #include <pybind11/typing.h>
+#include "bindings.h"
 
 #include "ctrlora/engine.h"
 

@@ -90,7 +90,9 @@ def bench_step(rounds: int) -> dict[str, Any]:
     adam_bytes = sum(
         t.nbytes for state in adamw.state.values() for t in state.values() if t.dim() > 0
     )
-    basis_bytes = sum(t.nbytes for t in tensors(plain_pairs))  # k = r: a basis is as large as its pair
+    basis_bytes = sum(
+        t.nbytes for t in tensors(plain_pairs)
+    )  # k = r: a basis is as large as its pair
     return {
         "plain_to_adamw": ratios(seconds, "plain", "adamw"),
         "mixed_to_adamw": ratios(seconds, "mixed", "adamw"),

@@ -74,8 +74,9 @@ void Engine::add_pairs(const std::vector<LoraPair>& pairs, int64_t group) {
   for (const LoraPair& pair : pairs) {
     pair.validate();
     for (const at::Tensor* tensor : {&pair.a, &pair.b}) {
-      CTRLORA_CHECK(known.insert(tensor->unsafeGetTensorImpl()).second, "ctrlora::Engine::add_pairs",
-                    "pair '", pair.name, "': a tensor of shape ", tensor->sizes(),
+      CTRLORA_CHECK(known.insert(tensor->unsafeGetTensorImpl()).second,
+                    "ctrlora::Engine::add_pairs", "pair '", pair.name, "': a tensor of shape ",
+                    tensor->sizes(),
                     " is trained here already. Remedy: pass every parameter once.");
     }
     if (pair.rank() > pair.in_features()) {  // A's Gram is singular: no tangent step
@@ -155,16 +156,16 @@ at::Tensor Engine::fisher_ball(const std::vector<Move>& moves, double ratio) {
     const Proposal& proposal = move.proposal;
     const at::Tensor f = proposal.length * report_->shrink.to(proposal.length.device());
     const at::Tensor base = proposal.radius / move.settings->lr;
-    report_->relative_change.push_back(
-        at::where(proposal.ok, proposal.output_norm(f).clamp_min(0).sqrt() / base,
-                  at::zeros_like(f)));
-    report_->predicted_decrease.push_back(at::where(
-        proposal.ok, proposal.step.predicted_decrease * f, at::zeros_like(f)));
+    report_->relative_change.push_back(at::where(
+        proposal.ok, proposal.output_norm(f).clamp_min(0).sqrt() / base, at::zeros_like(f)));
+    report_->predicted_decrease.push_back(
+        at::where(proposal.ok, proposal.step.predicted_decrease * f, at::zeros_like(f)));
   }
   return report_->shrink;
 }
 
-std::vector<const GroupSettings*> Engine::checked(const std::vector<GroupSettings>& settings) const {
+std::vector<const GroupSettings*> Engine::checked(
+    const std::vector<GroupSettings>& settings) const {
   std::vector<const GroupSettings*> out;
   for (const GroupSettings& own : settings) {
     own.validate();
@@ -173,17 +174,17 @@ std::vector<const GroupSettings*> Engine::checked(const std::vector<GroupSetting
   const auto known = [&](int64_t group) {
     return group >= 0 && group < static_cast<int64_t>(settings.size());
   };
-  const bool complete =
-      std::all_of(groups_.begin(), groups_.end(), [&](const auto& g) { return known(g->group()); }) &&
-      std::all_of(fallbacks_.begin(), fallbacks_.end(),
-                  [&](const auto& f) { return known(f->group()); });
-  CTRLORA_CHECK(complete, "ctrlora::Engine::step", "expected settings for every parameter group; got ",
-                settings.size(), ".");
+  const bool complete = std::all_of(groups_.begin(), groups_.end(),
+                                    [&](const auto& g) { return known(g->group()); }) &&
+                        std::all_of(fallbacks_.begin(), fallbacks_.end(),
+                                    [&](const auto& f) { return known(f->group()); });
+  CTRLORA_CHECK(complete, "ctrlora::Engine::step",
+                "expected settings for every parameter group; got ", settings.size(), ".");
   return out;
 }
 
-GroupSettings Engine::fallback_settings(
-    const detail::AdamW& fallback, const std::vector<const GroupSettings*>& by_group) const {
+GroupSettings Engine::fallback_settings(const detail::AdamW& fallback,
+                                        const std::vector<const GroupSettings*>& by_group) const {
   GroupSettings own = *by_group[static_cast<size_t>(fallback.group())];
   if (!fallback.retired.empty()) {  // follows the pairs' schedule at AdamW's scale
     own.lr = own.initial_lr > 0.0 ? options_.fallback_lr * own.lr / own.initial_lr : 0.0;
@@ -290,15 +291,49 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
   return out;
 }
 
+namespace {
+
+// Names and shapes in which a saved state differs from this engine's own, one a line.
+std::string difference(const std::vector<std::pair<std::string, at::Tensor>>& own,
+                       const std::map<std::string, at::Tensor>& given,
+                       bool with_retired) {
+  std::string out;
+  std::set<std::string> names;
+  for (const auto& [name, tensor] : own) {
+    names.insert(name);
+    const auto found = given.find(name);
+    if (found == given.end()) {
+      out += "\n  missing " + name;
+    } else if (found->second.sizes() != tensor.sizes()) {
+      out += c10::str("\n  ", name, ": expected ", tensor.sizes(), "; got ", found->second.sizes());
+    }
+  }
+  for (const auto& item : given) {
+    const bool of_retired = item.first.rfind("retired.", 0) == 0;
+    if (names.count(item.first) == 0 && (with_retired || !of_retired)) {
+      out += "\n  unexpected " + item.first;
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
 void Engine::load(const std::map<std::string, at::Tensor>& tensors) {
   const detail::NumericsGuard guard;
   constexpr const char* kWhere = "ctrlora::Engine::load";
   const auto version = tensors.find("version");
-  CTRLORA_CHECK(version != tensors.end() && version->second.item<int64_t>() == kStateVersion, kWhere,
-                "expected state of format version ", kStateVersion, "; got ",
+  CTRLORA_CHECK(version != tensors.end() && version->second.item<int64_t>() == kStateVersion,
+                kWhere, "expected state of format version ", kStateVersion, "; got ",
                 version == tensors.end() ? std::string("none")
                                          : std::to_string(version->second.item<int64_t>()),
                 ". Remedy: load it with the release that wrote it.");
+  const auto check = [&](bool with_retired) {
+    const std::string found = difference(named_tensors(), tensors, with_retired);
+    CTRLORA_CHECK(found.empty(), kWhere,
+                  "the state belongs to another set of layers or other options:", found);
+  };
+  check(/*with_retired=*/false);                 // before anything changes
   for (size_t i = 0; i < groups_.size(); ++i) {  // the saved run may have handed layers to AdamW
     const auto active = tensors.find("group" + std::to_string(i) + ".active");
     if (active != tensors.end() && active->second.numel() == groups_[i]->layers()) {
@@ -307,34 +342,14 @@ void Engine::load(const std::map<std::string, at::Tensor>& tensors) {
       }
     }
   }
-  const auto own = named_tensors();
-  std::string difference;
-  std::set<std::string> names;
-  for (const auto& [name, tensor] : own) {
-    names.insert(name);
-    const auto given = tensors.find(name);
-    if (given == tensors.end()) {
-      difference += "\n  missing " + name;
-    } else if (given->second.sizes() != tensor.sizes()) {
-      difference += c10::str("\n  ", name, ": expected ", tensor.sizes(), "; got ",
-                             given->second.sizes());
-    }
-  }
-  for (const auto& item : tensors) {
-    if (names.count(item.first) == 0) {
-      difference += "\n  unexpected " + item.first;
-    }
-  }
-  CTRLORA_CHECK(difference.empty(), kWhere,
-                "the state belongs to another set of layers or other options:", difference);
-  for (const auto& [name, tensor] : own) {
+  check(/*with_retired=*/true);
+  for (const auto& [name, tensor] : named_tensors()) {
     tensor.copy_(tensors.at(name));
   }
   steps_ = tensors.at("steps").item<int64_t>();
   sampler_->set_step(steps_);
   for (size_t i = 0; i < groups_.size(); ++i) {
-    groups_[i]->after_load(
-        tensors.at("group" + std::to_string(i) + ".age").item<int64_t>());
+    groups_[i]->after_load(tensors.at("group" + std::to_string(i) + ".age").item<int64_t>());
   }
 }
 

@@ -5,20 +5,21 @@
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/maximum.h>
 
+#include "detail/small_matrix.h"
 #include "detail/tensor_math.h"
 
 namespace ctrlora {
 
 using at::bmm;
 using detail::select_layers;
+using detail::small_bmm;
 
 GaugeMap balance(const at::Tensor& gram_b, const at::Tensor& gram_a) {
   const detail::NumericsGuard guard;
   constexpr double kEps = 1e-15;
-  const at::Tensor identity =
-      at::eye(gram_a.size(-1), gram_a.options()).expand_as(gram_a);
+  const at::Tensor identity = at::eye(gram_a.size(-1), gram_a.options()).expand_as(gram_a);
   const detail::Cholesky cholesky = detail::robust_cholesky(gram_a, kEps);
-  const at::Tensor whitened = bmm(cholesky.factor.mT(), bmm(gram_b, cholesky.factor));
+  const at::Tensor whitened = small_bmm(cholesky.factor.mT(), small_bmm(gram_b, cholesky.factor));
   const detail::Eigh eigh = detail::symmetric_eigh(whitened);
   const at::Tensor sigma = eigh.values.clamp_min(0).sqrt().flip(-1);  // descending
   const at::Tensor vectors = eigh.vectors.flip(-1);
@@ -27,8 +28,8 @@ GaugeMap balance(const at::Tensor& gram_b, const at::Tensor& gram_a) {
 
   const at::Tensor unwhiten =
       at::linalg_solve_triangular(cholesky.factor, identity, /*upper=*/false);
-  const at::Tensor map = root.unsqueeze(-1) * bmm(vectors.mT(), unwhiten);
-  const at::Tensor inverse = bmm(cholesky.factor, vectors) / root.unsqueeze(-2);
+  const at::Tensor map = root.unsqueeze(-1) * small_bmm(vectors.mT(), unwhiten);
+  const at::Tensor inverse = small_bmm(cholesky.factor, vectors) / root.unsqueeze(-2);
   const at::Tensor ok = cholesky.ok.logical_and(detail::finite_layers(whitened))
                             .logical_and(largest > 0)
                             .logical_and(detail::finite_layers(map))
@@ -36,8 +37,11 @@ GaugeMap balance(const at::Tensor& gram_b, const at::Tensor& gram_a) {
   return {select_layers(ok, map, identity), select_layers(ok, inverse, identity), sigma, ok};
 }
 
-void apply_gauge(const GaugeMap& gauge, const at::Tensor& a, const at::Tensor& b,
-                 const at::Tensor& momentum_a, const at::Tensor& momentum_b) {
+void apply_gauge(const GaugeMap& gauge,
+                 const at::Tensor& a,
+                 const at::Tensor& b,
+                 const at::Tensor& momentum_a,
+                 const at::Tensor& momentum_b) {
   const detail::NumericsGuard guard;
   const at::ScalarType dtype = momentum_a.scalar_type();
   const at::Tensor map = gauge.map.to(dtype);

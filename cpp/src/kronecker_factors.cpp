@@ -13,7 +13,9 @@
 
 namespace ctrlora {
 
-KroneckerFactors::KroneckerFactors(int64_t layers, int64_t in_features, int64_t out_features,
+KroneckerFactors::KroneckerFactors(int64_t layers,
+                                   int64_t in_features,
+                                   int64_t out_features,
                                    const Options& options,
                                    const at::TensorOptions& tensor_options) {
   const int64_t cap = std::min(options.sketch_rank, options.dense_limit);
@@ -77,18 +79,16 @@ void KroneckerFactors::commit(const CurvatureSketch& sketch, const Options& opti
   const at::Tensor& proxy = sketch.from_gradient;
   const at::Tensor input_scale =
       at::where(proxy, unit(sketch.input, input.size()), at::ones_like(keep));
-  const at::Tensor output_scale = at::where(proxy, unit(sketch.output, output.size()),
-                                            loss_scale_of_output(sketch, options));
+  const at::Tensor output_scale =
+      at::where(proxy, unit(sketch.output, output.size()), loss_scale_of_output(sketch, options));
   const at::Tensor failed = input.update(sketch.input, keep, input_scale)
                                 .logical_or(output.update(sketch.output, keep, output_scale));
   // A base whose output nobody handed over counts as unobserved: negative.
   const at::Tensor assumed = sketch.from_gradient.logical_or(sketch.base_square < 0);
   const at::Tensor fresh =
-      at::where(assumed,
-                input.trace() * (static_cast<double>(output.size()) / input.size()),
+      at::where(assumed, input.trace() * (static_cast<double>(output.size()) / input.size()),
                 sketch.base_square / sketch.input.weight);
-  const at::Tensor mixed =
-      at::where(assumed, fresh, keep * base_square + (1 - keep) * fresh);
+  const at::Tensor mixed = at::where(assumed, fresh, keep * base_square + (1 - keep) * fresh);
   base_square.copy_(at::where(has.logical_and(mixed.isfinite()), mixed, base_square));
   seen.copy_(at::where(has, count, seen));
   absolute.copy_(at::where(has, sketch.from_gradient.logical_not(), absolute));

@@ -31,7 +31,10 @@ at::ScalarType statistics_dtype(const at::Tensor& param) {
 }
 
 // One EMA step with its weight: biased sum and the sum of its coefficients.
-void ema(at::Tensor value, at::Tensor weight, const at::Tensor& sample, const at::Tensor& live,
+void ema(at::Tensor value,
+         at::Tensor weight,
+         const at::Tensor& sample,
+         const at::Tensor& live,
          double beta) {
   value.copy_(at::where(live, beta * value + (1 - beta) * sample, value));
   weight.copy_(at::where(live, beta * weight + (1 - beta), weight));
@@ -39,7 +42,9 @@ void ema(at::Tensor value, at::Tensor weight, const at::Tensor& sample, const at
 
 }  // namespace
 
-LayerGroup::LayerGroup(std::vector<LoraPair> pairs, int64_t group, Options options,
+LayerGroup::LayerGroup(std::vector<LoraPair> pairs,
+                       int64_t group,
+                       Options options,
                        std::shared_ptr<RowSampler> sampler)
     : pairs_(std::move(pairs)),
       group_(group),
@@ -117,9 +122,8 @@ void LayerGroup::update_momentum() {
   skipped_.add_(finite.logical_not());
   detail::momentum_step(grads_a, grad_ok_, momentum_a_, options_.beta1);
   detail::momentum_step(grads_b, grad_ok_, momentum_b_, options_.beta1);
-  momentum_weight_ =
-      at::where(grad_ok_, options_.beta1 * momentum_weight_ + (1 - options_.beta1),
-                momentum_weight_);
+  momentum_weight_ = at::where(grad_ok_, options_.beta1 * momentum_weight_ + (1 - options_.beta1),
+                               momentum_weight_);
 }
 
 LayerGroup::Range LayerGroup::due(int64_t step) const {
@@ -145,8 +149,11 @@ void LayerGroup::commit_observations() {
   observations_->clear();
 }
 
-void LayerGroup::update_rms(Range range, const SideProducts& input, const SideProducts& output,
-                            const SideMetric& input_metric, const SideMetric& output_metric) {
+void LayerGroup::update_rms(Range range,
+                            const SideProducts& input,
+                            const SideProducts& output,
+                            const SideMetric& input_metric,
+                            const SideMetric& output_metric) {
   const auto part = [&](const at::Tensor& x) { return x.slice(0, range.begin, range.end); };
   const at::Tensor ok = part(grad_ok_);
   const auto [raw_a, raw_b] = raw_gradients(range);
@@ -154,11 +161,12 @@ void LayerGroup::update_rms(Range range, const SideProducts& input, const SidePr
   SideProducts raw_output = output.slice(range.begin, range.end);
   raw_input.set_momentum(part(parameters_->a()).mT().to(raw_a.scalar_type()), raw_a.mT(),
                          part(factors_.input.basis()));
-  raw_output.set_momentum(part(parameters_->b()).to(raw_b.scalar_type()), raw_b, part(factors_.output.basis()));
+  raw_output.set_momentum(part(parameters_->b()).to(raw_b.scalar_type()), raw_b,
+                          part(factors_.output.basis()));
   const SideMetric metric_in = input_metric.slice(range.begin, range.end);
   const SideMetric metric_out = output_metric.slice(range.begin, range.end);
-  const TangentStep raw = tangent_step(raw_input, metric_in, raw_output, metric_out,
-                                       part(scaling_), options_.gram_floor, rounding());
+  const TangentStep raw = tangent_step(raw_input, metric_in, raw_output, metric_out, part(scaling_),
+                                       options_.gram_floor, rounding());
   const at::Tensor square = squared_norm(step_grams(raw_input, raw.a, &metric_in.plain),
                                          step_grams(raw_output, raw.b, nullptr), part(scaling_))
                                 .c2;
@@ -182,8 +190,7 @@ Proposal LayerGroup::propose(const GroupSettings& settings) {
   }
 
   Proposal proposal;
-  proposal.momentum_factor =
-      (options_.maximize ? -1.0 : 1.0) / momentum_weight_.clamp_min(1e-300);
+  proposal.momentum_factor = (options_.maximize ? -1.0 : 1.0) / momentum_weight_.clamp_min(1e-300);
   const SideProducts input = input_raw.scale_momentum(proposal.momentum_factor);
   const SideProducts output = output_raw.scale_momentum(proposal.momentum_factor);
   proposal.step = tangent_step(input, input_metric, output, output_metric, scaling_,
@@ -199,9 +206,8 @@ Proposal LayerGroup::propose(const GroupSettings& settings) {
                               : rms_square_ / rms_weight_.clamp_min(1e-300);
   const at::Tensor planned = proposal.radius / size.sqrt();
   const at::Tensor usable = planned.isfinite();
-  proposal.length =
-      inside_ball(proposal.output_norm, proposal.radius,
-                  at::where(usable, planned, at::zeros_like(planned)));
+  proposal.length = inside_ball(proposal.output_norm, proposal.radius,
+                                at::where(usable, planned, at::zeros_like(planned)));
   const at::Tensor sound = proposal.step.ok.logical_and(proposal.length.isfinite());
   misses_ = at::where(grad_ok_, (misses_ + 1) * sound.logical_not(), misses_);
   proposal.ok = grad_ok_.logical_and(sound).logical_and(usable);
@@ -209,14 +215,14 @@ Proposal LayerGroup::propose(const GroupSettings& settings) {
   return proposal;
 }
 
-void LayerGroup::apply(const Proposal& proposal, const at::Tensor& shrink,
+void LayerGroup::apply(const Proposal& proposal,
+                       const at::Tensor& shrink,
                        const GroupSettings& settings) {
   const at::Tensor f = proposal.length * shrink;
   const at::Tensor identity = at::eye(parameters_->a().size(1), f.options());
   // As in AdamW, a parameter without a gradient does not decay.
-  const at::Tensor decay =
-      at::where(grad_ok_, at::full_like(f, 1 - settings.lr * settings.weight_decay),
-                at::ones_like(f));
+  const at::Tensor decay = at::where(
+      grad_ok_, at::full_like(f, 1 - settings.lr * settings.weight_decay), at::ones_like(f));
   const auto coefficients = [&](const SideStep& step, const at::Tensor& weight,
                                 const at::Tensor& momentum, const at::Tensor& basis) {
     const auto scaled = [&](const at::Tensor& x, const at::Tensor& factor) {
@@ -271,7 +277,8 @@ void LayerGroup::connect(const std::shared_ptr<LayerGroup>& self) {
 }
 
 std::vector<LoraPair> LayerGroup::take_failed() {
-  return take_out((misses_ >= options_.max_misses).logical_or(factors_.misses >= options_.max_misses));
+  return take_out(
+      (misses_ >= options_.max_misses).logical_or(factors_.misses >= options_.max_misses));
 }
 
 std::vector<LoraPair> LayerGroup::take_out(const at::Tensor& layers) {
@@ -293,25 +300,32 @@ std::vector<LoraPair> LayerGroup::take_out(const at::Tensor& layers) {
 
 // ---- Observation and state ----
 
-int64_t LayerGroup::micro_batch(int64_t layer) const { return observations_->micro_batch(layer); }
+int64_t LayerGroup::micro_batch(int64_t layer) const {
+  return observations_->micro_batch(layer);
+}
 
 void LayerGroup::observe(int64_t layer, const Observation& observation) {
   observations_->add(layer, observation, factors_);
 }
 
-void LayerGroup::drop_observations() { observations_->clear(); }
+void LayerGroup::drop_observations() {
+  observations_->clear();
+}
 
 double LayerGroup::rounding() const {
   return momentum_a_.scalar_type() == at::kDouble ? 1e-16 : 6e-8;
 }
 
 std::vector<std::pair<std::string, at::Tensor>> LayerGroup::named_tensors() const {
-  std::vector<std::pair<std::string, at::Tensor>> out = {
-      {"momentum_a", momentum_a_},   {"momentum_b", momentum_b_},
-      {"momentum_weight", momentum_weight_},
-      {"rms_square", rms_square_},   {"rms_weight", rms_weight_},
-      {"active", active_},           {"misses", misses_},
-      {"skipped", skipped_},         {"share_set", observations_->share_set()}};
+  std::vector<std::pair<std::string, at::Tensor>> out = {{"momentum_a", momentum_a_},
+                                                         {"momentum_b", momentum_b_},
+                                                         {"momentum_weight", momentum_weight_},
+                                                         {"rms_square", rms_square_},
+                                                         {"rms_weight", rms_weight_},
+                                                         {"active", active_},
+                                                         {"misses", misses_},
+                                                         {"skipped", skipped_},
+                                                         {"share_set", observations_->share_set()}};
   for (const auto& item : factors_.named_tensors()) {
     out.push_back(item);
   }

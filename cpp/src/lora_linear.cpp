@@ -15,15 +15,22 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-at::Tensor rows(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}); }
+at::Tensor rows(const at::Tensor& x) {
+  return x.reshape({-1, x.size(-1)});
+}
 
-// Saved: rows of the inputs (N, n), a, b in the compute dtype and, with the base inside, its weight.
+// Saved: rows of the inputs (N, n), a, b in the compute dtype and, with the base inside, its
+// weight.
 struct LoraFunction : torch::autograd::Function<LoraFunction> {
-  // Without a weight, base_or_bias is the base's output; else its bias, if it has one. Optionals, not
-  // undefined tensors: the node reads dtype and device of every tensor it is given.
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& inputs, const at::Tensor& a,
-                            const at::Tensor& b, const std::optional<at::Tensor>& frozen_weight,
-                            const std::optional<at::Tensor>& base_or_bias, double scaling,
+  // Without a weight, base_or_bias is the base's output; else its bias, if it has one. Optionals,
+  // not undefined tensors: the node reads dtype and device of every tensor it is given.
+  static at::Tensor forward(AutogradContext* ctx,
+                            const at::Tensor& inputs,
+                            const at::Tensor& a,
+                            const at::Tensor& b,
+                            const std::optional<at::Tensor>& frozen_weight,
+                            const std::optional<at::Tensor>& base_or_bias,
+                            double scaling,
                             std::shared_ptr<ObservationSlot> slot) {
     const at::Tensor weight = frozen_weight.value_or(at::Tensor());
     const at::Tensor base = weight.defined() ? at::Tensor() : *base_or_bias;
@@ -92,8 +99,12 @@ std::optional<at::Tensor> given(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
-void check_shapes(const char* where, const at::Tensor& inputs, const at::Tensor& a,
-                  const at::Tensor& b, int64_t in_features, int64_t out_features) {
+void check_shapes(const char* where,
+                  const at::Tensor& inputs,
+                  const at::Tensor& a,
+                  const at::Tensor& b,
+                  int64_t in_features,
+                  int64_t out_features) {
   CTRLORA_CHECK(inputs.dim() >= 1 && a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(1) &&
                     inputs.size(-1) == in_features && a.size(1) == in_features &&
                     b.size(0) == out_features,
@@ -104,10 +115,14 @@ void check_shapes(const char* where, const at::Tensor& inputs, const at::Tensor&
 
 }  // namespace
 
-at::Tensor lora_linear(const at::Tensor& inputs, const at::Tensor& weight,
-                       const std::optional<at::Tensor>& bias, const at::Tensor& a,
-                       const at::Tensor& b, double scaling,
-                       const std::shared_ptr<ObservationSlot>& slot, bool transposed) {
+at::Tensor lora_linear(const at::Tensor& inputs,
+                       const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias,
+                       const at::Tensor& a,
+                       const at::Tensor& b,
+                       double scaling,
+                       const std::shared_ptr<ObservationSlot>& slot,
+                       bool transposed) {
   const at::Tensor frozen = transposed ? weight.detach().t() : weight.detach();
   CTRLORA_CHECK(weight.dim() == 2, "ctrlora::lora_linear", "expected a 2-d weight; got ",
                 weight.sizes(), ".");
@@ -129,8 +144,11 @@ at::Tensor lora_linear(const at::Tensor& inputs, const at::Tensor& weight,
   return LoraFunction::apply(inputs, a, b, given(frozen), given(frozen_bias), scaling, slot);
 }
 
-at::Tensor lora_delta(const at::Tensor& inputs, const at::Tensor& base_output, const at::Tensor& a,
-                      const at::Tensor& b, double scaling,
+at::Tensor lora_delta(const at::Tensor& inputs,
+                      const at::Tensor& base_output,
+                      const at::Tensor& a,
+                      const at::Tensor& b,
+                      double scaling,
                       const std::shared_ptr<ObservationSlot>& slot) {
   check_shapes("ctrlora::lora_delta", inputs, a, b, inputs.size(-1), base_output.size(-1));
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);

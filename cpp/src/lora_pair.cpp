@@ -37,8 +37,8 @@ class Registry {
     const auto with_a = alive(pair.a);
     const auto with_b = alive(pair.b);
     constexpr const char* kWhere = "ctrlora::register_pair";
-    CTRLORA_CHECK(with_a == with_b, kWhere, "pair '", pair.name, "': one of its tensors is already ",
-                  "paired with another tensor in '",
+    CTRLORA_CHECK(with_a == with_b, kWhere, "pair '", pair.name,
+                  "': one of its tensors is already ", "paired with another tensor in '",
                   (with_a != nullptr ? with_a : with_b)->name,
                   "'. Tied adapters are not supported. Remedy: unregister that pair first.");
     if (with_a != nullptr) {
@@ -103,11 +103,11 @@ void LoraPair::validate() const {
                   describe(a), " and b ", describe(b),
                   ". Remedy: train such parameters with another optimizer.");
   }
-  CTRLORA_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(1) && a.numel() > 0 &&
-                    b.numel() > 0,
-                kWhere, "pair '", name, "': expected a (r, n) and b (m, r) with one rank r; got a ",
-                a.sizes(), " and b ", b.sizes(),
-                ". Remedy: check that lora_A and lora_B belong to the same layer.");
+  CTRLORA_CHECK(
+      a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(1) && a.numel() > 0 && b.numel() > 0,
+      kWhere, "pair '", name, "': expected a (r, n) and b (m, r) with one rank r; got a ",
+      a.sizes(), " and b ", b.sizes(),
+      ". Remedy: check that lora_A and lora_B belong to the same layer.");
   CTRLORA_CHECK(a.device() == b.device() && a.scalar_type() == b.scalar_type(), kWhere, "pair '",
                 name, "': expected a and b on one device with one dtype; got a ", describe(a),
                 " and b ", describe(b), ". Remedy: move both, e.g. layer.to(device).");
@@ -120,7 +120,9 @@ std::shared_ptr<ObservationSlot> register_pair(const LoraPair& pair) {
   return Registry::instance().add(pair);
 }
 
-void unregister_pair(const at::Tensor& tensor) { Registry::instance().remove(tensor); }
+void unregister_pair(const at::Tensor& tensor) {
+  Registry::instance().remove(tensor);
+}
 
 std::optional<LoraPair> find_pair(const at::Tensor& tensor) {
   const auto entry = Registry::instance().find(tensor);

@@ -3,8 +3,8 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/matmul.h>
 #include <ATen/ops/linalg_solve_triangular.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
@@ -15,6 +15,7 @@
 
 #include "detail/check.h"
 #include "detail/philox.h"
+#include "detail/small_matrix.h"
 #include "detail/tall_skinny.h"
 #include "detail/tensor_math.h"
 
@@ -27,8 +28,11 @@ PowerCoefficients PowerCoefficients::slice(int64_t begin, int64_t end) const {
   return {tail.slice(0, begin, end), diag.slice(0, begin, end)};
 }
 
-LowRankEigen::LowRankEigen(int64_t layers, int64_t size, int64_t sketch_rank,
-                           const at::TensorOptions& options, bool wide) {
+LowRankEigen::LowRankEigen(int64_t layers,
+                           int64_t size,
+                           int64_t sketch_rank,
+                           const at::TensorOptions& options,
+                           bool wide) {
   CTRLORA_CHECK(layers >= 1 && sketch_rank >= 1 && sketch_rank <= size, "ctrlora::LowRankEigen",
                 "expected layers >= 1 and 1 <= sketch_rank <= size; got layers = ", layers,
                 ", sketch_rank = ", sketch_rank, ", size = ", size, ".");
@@ -58,8 +62,7 @@ void LowRankEigen::start_basis(const at::Tensor& rows, const at::Tensor& where, 
   }
   // One power iteration of its own. The small Gaussian part completes the basis where the rows span
   // fewer than k directions.
-  const at::Tensor mix =
-      detail::philox_normal(seed, 1, {1, rows.size(1), sketch_rank()}, options);
+  const at::Tensor mix = detail::philox_normal(seed, 1, {1, rows.size(1), sketch_rank()}, options);
   const at::Tensor filler = detail::philox_normal(seed, 2, {1, size(), sketch_rank()}, options);
   at::Tensor columns = at::matmul(rows.mT(), mix);
   const at::Tensor norm = columns.norm(2, {1}, /*keepdim=*/true);
@@ -78,7 +81,8 @@ FactorSketch LowRankEigen::sketch(const at::Tensor& rows, const at::Tensor& row_
   return sums;
 }
 
-at::Tensor LowRankEigen::update(const FactorSketch& sketch, const at::Tensor& keep,
+at::Tensor LowRankEigen::update(const FactorSketch& sketch,
+                                const at::Tensor& keep,
                                 const at::Tensor& scale) {
   const at::ScalarType dtype = basis_.scalar_type();
   const double eps = dtype == at::kDouble ? 1e-15 : 1e-7;
@@ -92,10 +96,9 @@ at::Tensor LowRankEigen::update(const FactorSketch& sketch, const at::Tensor& ke
   const at::Tensor old = at::where(live, keep, at::ones_like(keep));
 
   // Y = F U, K = U^T F U for the averaged factor F.
-  const at::Tensor product =
-      basis_ * (old.unsqueeze(-1) * eigenvalues_).unsqueeze(1).to(dtype) +
-      select_layers(live, sketch.product, at::zeros_like(sketch.product)) *
-          as_column(fresh).to(dtype);
+  const at::Tensor product = basis_ * (old.unsqueeze(-1) * eigenvalues_).unsqueeze(1).to(dtype) +
+                             select_layers(live, sketch.product, at::zeros_like(sketch.product)) *
+                                 as_column(fresh).to(dtype);
   const at::Tensor trace =
       old * trace_ + fresh * at::where(live, sketch.trace, at::zeros_like(trace_));
   at::Tensor core = detail::tall_gram(basis_, product);
@@ -108,8 +111,8 @@ at::Tensor LowRankEigen::update(const FactorSketch& sketch, const at::Tensor& ke
     basis = at::bmm(basis_, eigh.vectors.to(dtype));
     values = eigh.values;
   } else {
-    // Columns of F U + mu U, near orthonormal once scaled by 1 / (K_jj + mu); mu is the damping's size:
-    // what lies below it need not be told apart.
+    // Columns of F U + mu U, near orthonormal once scaled by 1 / (K_jj + mu); mu is the damping's
+    // size: what lies below it need not be told apart.
     const at::Tensor mu = 0.01 * trace / static_cast<double>(size());
     const at::Tensor unit = 1 / (core.diagonal(0, -2, -1).clamp_min(0) + mu.unsqueeze(-1));
     const at::Tensor columns =
@@ -122,10 +125,11 @@ at::Tensor LowRankEigen::update(const FactorSketch& sketch, const at::Tensor& ke
         core + as_column(shift) * at::eye(sketch_rank(), core.options()), eps);
     const at::Tensor half =
         at::linalg_solve_triangular(cholesky.factor, projected.mT(), /*upper=*/false);
-    const at::Tensor inside = at::bmm(half.mT(), half);
+    const at::Tensor inside = detail::small_bmm(half.mT(), half);
     const detail::Eigh eigh = detail::symmetric_eigh(inside);
-    live = live.logical_and(range.ok).logical_and(cholesky.ok).logical_and(
-        detail::finite_layers(inside));
+    live = live.logical_and(range.ok)
+               .logical_and(cholesky.ok)
+               .logical_and(detail::finite_layers(inside));
     basis = at::bmm(range.basis, eigh.vectors.to(dtype));
     values = eigh.values;
   }
@@ -145,9 +149,12 @@ at::Tensor LowRankEigen::tail() const {
 
 PowerCoefficients LowRankEigen::power(double exponent, double damping) const {
   // The absolute floor keeps a dead factor's inverse powers finite.
-  const at::Tensor lambda =
-      damping == 0.0 ? at::zeros_like(trace_)
-                     : trace_ * (damping / static_cast<double>(size())) + 1e-60;
+  const at::Tensor lambda = damping == 0.0
+                                ? at::zeros_like(trace_)
+                                : trace_ * (damping / static_cast<double>(size())) + 1e-60;
+  if (sketch_rank() == size()) {  // no tail: tau M + U (...) U^T M would only cancel
+    return {at::zeros_like(trace_), (eigenvalues_ + lambda.unsqueeze(-1)).pow(exponent)};
+  }
   const at::Tensor rest = (tail() + lambda).pow(exponent);
   return {rest, (eigenvalues_ + lambda.unsqueeze(-1)).pow(exponent) - rest.unsqueeze(-1)};
 }

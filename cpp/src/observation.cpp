@@ -26,7 +26,8 @@ at::Tensor RowSampler::sample(int64_t rows, int64_t micro_batch, at::Device devi
   const std::lock_guard<std::mutex> lock(mutex_);
   if (rows != cached_rows_ || micro_batch != cached_micro_batch_ || cached_.device() != device) {
     // One stream of the generator per (step, micro-batch).
-    const uint64_t stream = (static_cast<uint64_t>(step_) << 20U) + static_cast<uint64_t>(micro_batch);
+    const uint64_t stream =
+        (static_cast<uint64_t>(step_) << 20U) + static_cast<uint64_t>(micro_batch);
     const std::vector<double> offset = detail::philox_uniform(seed_, stream, sample_rows_);
     std::vector<int64_t> picked(offset.size());
     const double stride = static_cast<double>(rows) / static_cast<double>(sample_rows_);
@@ -41,7 +42,8 @@ at::Tensor RowSampler::sample(int64_t rows, int64_t micro_batch, at::Device devi
   return cached_;
 }
 
-at::Tensor RowSampler::rows_of(const at::Tensor& inputs, const at::Tensor& flat,
+at::Tensor RowSampler::rows_of(const at::Tensor& inputs,
+                               const at::Tensor& flat,
                                const at::Tensor& rows) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const bool same = last_.rows.defined() && !last_.source.expired() &&
@@ -77,8 +79,7 @@ std::shared_ptr<Capture> ObservationSlot::capture(const at::Tensor& inputs,
   auto capture = std::make_shared<Capture>();
   capture->slot_ = weak_from_this();
   capture->total_rows_ = flat.size(0);
-  capture->rows_ =
-      sink->sampler().sample(flat.size(0), sink->micro_batch(layer), inputs.device());
+  capture->rows_ = sink->sampler().sample(flat.size(0), sink->micro_batch(layer), inputs.device());
   Observation& observation = capture->observation_;
   observation.inputs = sink->sampler().rows_of(inputs, flat, capture->rows_);
   observation.row_weight =
@@ -87,7 +88,8 @@ std::shared_ptr<Capture> ObservationSlot::capture(const at::Tensor& inputs,
   if (base_output.defined() && base_output.numel() / base_output.size(-1) == flat.size(0)) {
     at::Tensor base = base_output.detach().reshape({flat.size(0), -1});
     base = capture->rows_.defined() ? base.index_select(0, capture->rows_) : base;
-    observation.base_square = base.to(at::promoteTypes(base.scalar_type(), at::kFloat)).square().sum(-1);
+    observation.base_square =
+        base.to(at::promoteTypes(base.scalar_type(), at::kFloat)).square().sum(-1);
   }
   return capture;
 }

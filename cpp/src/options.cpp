@@ -6,7 +6,8 @@
 
 namespace ctrlora {
 
-// The value and the rule in one message: "[ctrlora::Options] damping = 0. Violated constraint: damping > 0."
+// The value and the rule in one message: "[ctrlora::Options] damping = 0. Violated constraint:
+// damping > 0."
 #define CTRLORA_RULE(where, name, rule) \
   CTRLORA_CHECK(rule, where, #name " = ", name, ". Violated constraint: " #rule ".")
 

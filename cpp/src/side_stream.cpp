@@ -2,7 +2,9 @@
 
 namespace ctrlora {
 
-void SideStream::submit(const std::function<void()>& work) { work(); }
+void SideStream::submit(const std::function<void()>& work) {
+  work();
+}
 
 void SideStream::join() {}
 

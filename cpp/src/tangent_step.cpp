@@ -5,13 +5,14 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
+#include "detail/small_matrix.h"
 #include "detail/tall_skinny.h"
 #include "detail/tensor_math.h"
 
 namespace ctrlora {
 
-using at::bmm;
 using detail::as_column;
+using detail::small_bmm;
 
 namespace {
 
@@ -26,12 +27,14 @@ at::Tensor trace_of_product(const at::Tensor& x, const at::Tensor& y) {
   return detail::inner(x, y.mT());
 }
 
-// X1, X2, X3 of one side. unwhiten: F_-gamma; z: -Gram^-1 / s^2 on the right; h: the other side's inverse
-// Gram role, P^-1 for B and Q^-1 for A.
-SideStep side_step(const SideProducts& products, const PowerCoefficients& unwhiten,
-                   const at::Tensor& z, const at::Tensor& h) {
-  return {as_column(unwhiten.tail) * z, bmm(times_diagonal(unwhiten.diag, products.um), z),
-          bmm(bmm(h, products.wm), z) * -0.5};
+// X1, X2, X3 of one side. unwhiten: F_-gamma; z: -Gram^-1 / s^2 on the right; h: the other side's
+// inverse Gram role, P^-1 for B and Q^-1 for A.
+SideStep side_step(const SideProducts& products,
+                   const PowerCoefficients& unwhiten,
+                   const at::Tensor& z,
+                   const at::Tensor& h) {
+  return {as_column(unwhiten.tail) * z, small_bmm(times_diagonal(unwhiten.diag, products.um), z),
+          small_bmm(small_bmm(h, products.wm), z) * -0.5};
 }
 
 // <M, delta> for delta = M X1 + U X2 + W X3.
@@ -70,13 +73,15 @@ void split_momentum(SideProducts& products, const at::Tensor& joint, int64_t ran
 
 }  // namespace
 
-void SideProducts::set_momentum(const at::Tensor& weight, const at::Tensor& momentum,
+void SideProducts::set_momentum(const at::Tensor& weight,
+                                const at::Tensor& momentum,
                                 const at::Tensor& basis) {
   split_momentum(*this, detail::tall_grams({{{weight, basis, momentum}, momentum}}).front(),
                  weight.size(2));
 }
 
-SideProducts side_products(const at::Tensor& weight, const at::Tensor& momentum,
+SideProducts side_products(const at::Tensor& weight,
+                           const at::Tensor& momentum,
                            const at::Tensor& basis) {
   const std::vector<at::Tensor> joint =
       detail::tall_grams({{{weight, basis, momentum}, momentum}, {{weight, basis}, weight}});
@@ -96,21 +101,27 @@ SideMetric SideMetric::slice(int64_t begin, int64_t end) const {
   return {whiten.slice(begin, end), unwhiten.slice(begin, end), plain.slice(begin, end)};
 }
 
-at::Tensor weighted_gram(const PowerCoefficients& metric, const at::Tensor& uw,
+at::Tensor weighted_gram(const PowerCoefficients& metric,
+                         const at::Tensor& uw,
                          const at::Tensor& ww) {
-  return as_column(metric.tail) * ww + bmm(uw.mT(), times_diagonal(metric.diag, uw));
+  return as_column(metric.tail) * ww + small_bmm(uw.mT(), times_diagonal(metric.diag, uw));
 }
 
-at::Tensor SideStep::materialize(const at::Tensor& weight_slab, const at::Tensor& momentum_slab,
+at::Tensor SideStep::materialize(const at::Tensor& weight_slab,
+                                 const at::Tensor& momentum_slab,
                                  const at::Tensor& basis_slab) const {
   const at::ScalarType dtype = weight_slab.scalar_type();
-  return bmm(momentum_slab, momentum.to(dtype)) + bmm(basis_slab, basis.to(dtype)) +
-         bmm(weight_slab, weight.to(dtype));
+  return at::bmm(momentum_slab, momentum.to(dtype)) + at::bmm(basis_slab, basis.to(dtype)) +
+         at::bmm(weight_slab, weight.to(dtype));
 }
 
-TangentStep tangent_step(const SideProducts& input, const SideMetric& input_metric,
-                         const SideProducts& output, const SideMetric& output_metric,
-                         const at::Tensor& scaling, double gram_floor, double eps) {
+TangentStep tangent_step(const SideProducts& input,
+                         const SideMetric& input_metric,
+                         const SideProducts& output,
+                         const SideMetric& output_metric,
+                         const at::Tensor& scaling,
+                         double gram_floor,
+                         double eps) {
   const detail::NumericsGuard guard;
   const at::Tensor p = weighted_gram(output_metric.whiten, output.uw, output.ww);
   at::Tensor q = weighted_gram(input_metric.whiten, input.uw, input.ww);
@@ -123,10 +134,10 @@ TangentStep tangent_step(const SideProducts& input, const SideMetric& input_metr
       trace_of_product(p, q) * (gram_floor / static_cast<double>(p.size(-1))) + kAbsoluteFloor;
   const detail::Cholesky cholesky_p =
       detail::robust_cholesky(p + as_column(floor) * q_inverse, eps);
-  // (P + floor)^-1 P (P + floor)^-1: where B has no component, momentum left from an older B must not be
-  // blown up by the floor's inverse; at B = 0 the step of A is exactly zero.
+  // (P + floor)^-1 P (P + floor)^-1: where B has no component, momentum left from an older B must
+  // not be blown up by the floor's inverse; at B = 0 the step of A is exactly zero.
   const at::Tensor p_floored = detail::cholesky_inverse(cholesky_p.factor);
-  const at::Tensor p_inverse = bmm(p_floored, bmm(p, p_floored));
+  const at::Tensor p_inverse = small_bmm(p_floored, small_bmm(p, p_floored));
 
   const at::Tensor minus = as_column(-1 / scaling.square());
   TangentStep step;
@@ -139,24 +150,26 @@ TangentStep tangent_step(const SideProducts& input, const SideMetric& input_metr
   return step;
 }
 
-StepGrams step_grams(const SideProducts& products, const SideStep& step,
+StepGrams step_grams(const SideProducts& products,
+                     const SideStep& step,
                      const PowerCoefficients* metric) {
   const at::Tensor& x1 = step.momentum;
   const at::Tensor& x2 = step.basis;
   const at::Tensor& x3 = step.weight;
-  const at::Tensor ud = bmm(products.um, x1) + x2 + bmm(products.uw, x3);
+  const at::Tensor ud = small_bmm(products.um, x1) + x2 + small_bmm(products.uw, x3);
   const at::Tensor wd =
-      bmm(products.wm, x1) + bmm(products.uw.mT(), x2) + bmm(products.ww, x3);
-  const at::Tensor md =
-      bmm(products.mm, x1) + bmm(products.um.mT(), x2) + bmm(products.wm.mT(), x3);
-  const at::Tensor dd = bmm(x1.mT(), md) + bmm(x2.mT(), ud) + bmm(x3.mT(), wd);
+      small_bmm(products.wm, x1) + small_bmm(products.uw.mT(), x2) + small_bmm(products.ww, x3);
+  const at::Tensor md = small_bmm(products.mm, x1) + small_bmm(products.um.mT(), x2) +
+                        small_bmm(products.wm.mT(), x3);
+  const at::Tensor dd = small_bmm(x1.mT(), md) + small_bmm(x2.mT(), ud) + small_bmm(x3.mT(), wd);
   if (metric == nullptr) {
     return {products.ww, wd, dd};
   }
   const at::Tensor tail = as_column(metric->tail);
   const at::Tensor weighted_ud = times_diagonal(metric->diag, ud);
   return {weighted_gram(*metric, products.uw, products.ww),
-          tail * wd + bmm(products.uw.mT(), weighted_ud), tail * dd + bmm(ud.mT(), weighted_ud)};
+          tail * wd + small_bmm(products.uw.mT(), weighted_ud),
+          tail * dd + small_bmm(ud.mT(), weighted_ud)};
 }
 
 }  // namespace ctrlora

@@ -40,9 +40,9 @@ at::Tensor inside_ball(const Quartic& norm, const at::Tensor& radius, const at::
       start, 2 * radius /
                  (tangent.sqrt() + (tangent + 4 * cross.sqrt() * radius).sqrt()).clamp_min(1e-300));
   // Newton from the root for T orthogonal to Z, where the quartic is quadratic in f^2.
-  at::Tensor f = (2 * target / (tangent + (tangent.square() + 4 * cross * target).sqrt())
-                                   .clamp_min(1e-300))
-                     .sqrt();
+  at::Tensor f =
+      (2 * target / (tangent + (tangent.square() + 4 * cross * target).sqrt()).clamp_min(1e-300))
+          .sqrt();
   const at::Tensor twice = 2 * norm.c2;
   const at::Tensor thrice = 3 * norm.c3;
   const at::Tensor fourfold = 4 * norm.c4;
@@ -53,9 +53,8 @@ at::Tensor inside_ball(const Quartic& norm, const at::Tensor& radius, const at::
   }
   const at::Tensor start_fits = norm(start) <= target;
   // A root that Newton missed (a quartic that is not monotone, a NaN) leaves the bound.
-  const at::Tensor found = (norm(f) <= target * (1 + 1e-9))
-                               .logical_and(f >= bound)
-                               .logical_and(f <= start);
+  const at::Tensor found =
+      (norm(f) <= target * (1 + 1e-9)).logical_and(f >= bound).logical_and(f <= start);
   return at::where(start_fits, start, at::where(found, f, bound));
 }
 
@@ -65,15 +64,15 @@ TrustRegionSubproblem::Solution TrustRegionSubproblem::solve(const at::Tensor& r
   const detail::NumericsGuard guard;
   constexpr const char* kWhere = "ctrlora::TrustRegionSubproblem::solve";
   CTRLORA_CHECK(gradient.dim() == 3 && output_eigenvalues.sizes() == gradient.sizes().slice(0, 2) &&
-                    input_eigenvalues.dim() == 2 &&
-                    input_eigenvalues.size(0) == gradient.size(0) &&
+                    input_eigenvalues.dim() == 2 && input_eigenvalues.size(0) == gradient.size(0) &&
                     input_eigenvalues.size(1) == gradient.size(2),
-                kWhere, "expected gradient (L, m, n), output_eigenvalues (L, m), input_eigenvalues ",
+                kWhere,
+                "expected gradient (L, m, n), output_eigenvalues (L, m), input_eigenvalues ",
                 "(L, n); got ", gradient.sizes(), ", ", output_eigenvalues.sizes(), ", ",
                 input_eigenvalues.sizes(), ".");
-  CTRLORA_CHECK(radius.dim() == 1 && radius.size(0) == gradient.size(0) &&
-                    (radius > 0).all().item<bool>(),
-                kWhere, "expected a positive radius (L); got ", radius, ".");
+  CTRLORA_CHECK(
+      radius.dim() == 1 && radius.size(0) == gradient.size(0) && (radius > 0).all().item<bool>(),
+      kWhere, "expected a positive radius (L); got ", radius, ".");
   const at::Tensor curvature =
       output_eigenvalues.clamp_min(0).unsqueeze(-1) * input_eigenvalues.clamp_min(0).unsqueeze(1);
   const at::Tensor squared = gradient.square();
@@ -83,8 +82,8 @@ TrustRegionSubproblem::Solution TrustRegionSubproblem::solve(const at::Tensor& r
         .flatten(1)
         .sum(-1);
   };
-  // 1/|D(nu)| is concave and increasing: Newton from the left approaches its root monotonically. The start
-  // |G|/radius - max curvature is a lower bound of nu, and 0 is the interior solution.
+  // 1/|D(nu)| is concave and increasing: Newton from the left approaches its root monotonically.
+  // The start |G|/radius - max curvature is a lower bound of nu, and 0 is the interior solution.
   at::Tensor nu =
       (squared.flatten(1).sum(-1).sqrt() / radius - curvature.flatten(1).amax(-1)).clamp_min(0);
   at::Tensor iterations = at::zeros({radius.size(0)}, radius.options().dtype(at::kLong));
@@ -92,7 +91,8 @@ TrustRegionSubproblem::Solution TrustRegionSubproblem::solve(const at::Tensor& r
   for (int64_t i = 0; i < max_iterations && open.any().item<bool>(); ++i) {
     const at::Tensor square = length(nu, 2);
     const at::Tensor norm = square.sqrt();
-    // A singular curvature at nu = 0 has an infinite norm: leave it by a step no longer than nu itself.
+    // A singular curvature at nu = 0 has an infinite norm: leave it by a step no longer than nu
+    // itself.
     const at::Tensor newton = square / length(nu, 3) * (norm - radius) / radius;
     const at::Tensor finite = newton.isfinite();
     const at::Tensor leave = squared.flatten(1).sum(-1).sqrt() / radius * 1e-12;

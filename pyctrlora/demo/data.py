@@ -161,13 +161,13 @@ def prose() -> str:
     return "\n\n".join(dict.fromkeys(p.rstrip() for p in paragraphs if p.strip()))
 
 
-def split(ids: Tensor, context: int, limit: int = 128) -> tuple[Tensor, Tensor]:
+def split(ids: Tensor, context: int, limit: int = 64) -> tuple[Tensor, Tensor]:
     """Holds out every 8th block of a token stream, so that validation covers all of the text.
 
     Args:
         ids: (tokens,) the stream.
         context: tokens a window predicts; a window holds one more.
-        limit: most validation windows; 128 cost as much as some five training steps.
+        limit: most validation windows; 64 cost as much as three training steps.
 
     Returns:
         The training stream (tokens,) and the validation windows (windows, context + 1).
@@ -178,21 +178,20 @@ def split(ids: Tensor, context: int, limit: int = 128) -> tuple[Tensor, Tensor]:
     Example:
         >>> train, validation = split(torch.arange(1000), context=9)
         >>> train.shape, validation.shape
-        (torch.Size([880]), torch.Size([12, 10]))
+        (torch.Size([875]), torch.Size([12, 10]))
     """
     window = context + 1
-    blocks = min(64, len(ids) // window // 8 * 8)
-    if blocks < 16:
+    windows = len(ids) // window
+    if windows < 16:
         raise ValueError(
             f"[pyctrlora.demo] expected a text of at least {16 * window} tokens; got {len(ids)}. "
             "Remedy: pass a longer --data file."
         )
-    parts = list(ids.tensor_split(blocks))
-    held_out = [part.unfold(0, window, window) for part in parts[4::8]]
+    parts = list(ids.tensor_split(max(8, min(64, windows // 32 * 8))))
+    held_out = torch.cat([part.unfold(0, window, window) for part in parts[4::8]])
     del parts[4::8]
-    windows = torch.cat(held_out)
-    chosen = torch.linspace(0, len(windows) - 1, min(limit, len(windows))).round().long()
-    return torch.cat(parts), windows[chosen]
+    chosen = torch.linspace(0, len(held_out) - 1, min(limit, len(held_out))).round().long()
+    return torch.cat(parts), held_out[chosen]
 
 
 def batches(ids: Tensor, context: int, batch: int, steps: int, seed: int) -> list[Tensor]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyctrlora.demo.pretrain import Base
 
 # AdamW's optimum for LoRA lies near 0.01 on the small GPT and near 0.001 on real models.
-GPT_ADAMW_LRS = (0.004, 0.008, 0.016, 0.032)
+GPT_ADAMW_LRS = (0.008, 0.011, 0.016, 0.022)
 TRANSFORMERS_ADAMW_LRS = (0.0005, 0.001, 0.002, 0.004)
 
 

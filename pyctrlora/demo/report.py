@@ -39,9 +39,9 @@ def table(result: Comparison) -> str:
     rows.append(["  of which step()", *(f"{median(run.optimizer_seconds):.4f}" for run in runs)])
     rows.append(["optimizer state", *(f"{run.state_bytes / 2**20:.2f} MiB" for run in runs)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    name_width, *cell_widths = widths
     lines = [
-        f"{name:<{widths[0]}}"
-        + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths[1:], strict=True))
+        "  ".join([name.ljust(name_width), *map(str.rjust, cells, cell_widths)])
         for name, *cells in rows
     ]
     lines.insert(1, "-" * len(lines[0]))

@@ -147,7 +147,7 @@ def compare(job: Job, settings: Settings, say: Callable[[str], None] = print) ->
 
 
 def sweep(job: Job, settings: Settings, say: Callable[[str], None] = print) -> list[Run]:
-    """Full AdamW runs over a grid of factor 2, extended until the best one lies inside it."""
+    """Full AdamW runs over the learning rates, extended until the best one lies inside them."""
     lrs = settings.adamw_lrs or job.adamw_lrs
     runs: list[Run] = []
 
@@ -161,12 +161,12 @@ def sweep(job: Job, settings: Settings, say: Callable[[str], None] = print) -> l
         add([lrs[min(1, len(lrs) - 1)]])
         return runs
     add(lrs)
-    for _ in range(6):  # a factor of 64 either way: beyond it something else is wrong
+    for _ in range(8):  # more cannot help: the rates are then far from any that trains LoRA
         best = min(runs, key=lambda run: run.final_loss)
         if best is runs[0]:
-            add([best.lr / 2])
+            add([best.lr * runs[0].lr / runs[1].lr])
         elif best is runs[-1]:
-            add([best.lr * 2])
+            add([best.lr * runs[-1].lr / runs[-2].lr])
         else:
             break
     return runs
@@ -208,7 +208,8 @@ def summary(run: Run) -> str:
     """One line on a finished run."""
     return (
         f"{run.optimizer} lr {run.lr:g}: validation loss {run.final_loss:.3f} after "
-        f"{run.steps[-1]} steps, {run.seconds[-1]:.1f} s, {1e3 * median(run.step_seconds):.0f} ms a step"
+        f"{run.steps[-1]} steps, {run.seconds[-1]:.1f} s "
+        f"({1e3 * median(run.step_seconds):.0f} ms a step)"
     )
 
 

@@ -38,7 +38,9 @@ struct Problem {
   [[nodiscard]] Problem balanced() const { return balanced(ctrlora::balance(p(), q())); }
 };
 
-at::Tensor inner_product(const at::Tensor& x, const at::Tensor& y) { return (x * y).sum({1, 2}); }
+at::Tensor inner_product(const at::Tensor& x, const at::Tensor& y) {
+  return (x * y).sum({1, 2});
+}
 
 at::Tensor identity(int64_t layers, int64_t size) {
   return at::eye(size, at::kDouble).expand({layers, size, size});
@@ -63,8 +65,8 @@ TEST_CASE("BA stays, and both Grams become the same diagonal") {
 TEST_CASE("sigma are the singular values of the whitened product") {
   at::manual_seed(1);
   const Problem own = Problem::random(3, 9, 7, 4);
-  const at::Tensor whitened =
-      matmul(at::linalg_cholesky(own.s).mT(), matmul(own.product(), at::linalg_cholesky(own.omega)));
+  const at::Tensor whitened = matmul(at::linalg_cholesky(own.s).mT(),
+                                     matmul(own.product(), at::linalg_cholesky(own.omega)));
   const at::Tensor values = at::linalg_svdvals(whitened).slice(1, 0, 4);
   CHECK(error(ctrlora::balance(own.p(), own.q()).sigma, values) < 1e-11);
 }
@@ -186,7 +188,8 @@ TEST_CASE("slabs of float32 and bfloat16 keep their dtype and their product") {
     const Problem own = Problem::random(2, 9, 7, 4);
     const GaugeMap gauge = ctrlora::balance(own.p(), own.q());
     at::Tensor a = own.a.to(dtype), b = own.b.to(dtype);
-    at::Tensor momentum_a = own.momentum_a.to(at::kFloat), momentum_b = own.momentum_b.to(at::kFloat);
+    at::Tensor momentum_a = own.momentum_a.to(at::kFloat),
+               momentum_b = own.momentum_b.to(at::kFloat);
     const void* home = a.const_data_ptr();
     ctrlora::apply_gauge(gauge, a, b, momentum_a, momentum_b);
     CHECK((a.scalar_type() == dtype));

@@ -34,8 +34,12 @@ struct Batch {
   [[nodiscard]] at::Tensor total() const { return weights.sum(-1); }
 };
 
-at::Tensor matrix(const at::Tensor& per_layer) { return per_layer.view({-1, 1, 1}); }
-at::Tensor flags(bool value) { return at::full({kLayers}, value, at::kBool); }
+at::Tensor matrix(const at::Tensor& per_layer) {
+  return per_layer.view({-1, 1, 1});
+}
+at::Tensor flags(bool value) {
+  return at::full({kLayers}, value, at::kBool);
+}
 
 KroneckerFactors started(const Options& options) {
   KroneckerFactors factors(kLayers, kIn, kOut, options, at::kDouble);
@@ -45,8 +49,9 @@ KroneckerFactors started(const Options& options) {
 }
 
 CurvatureSketch sketch(const KroneckerFactors& factors, const Batch& batch, bool proxy = false) {
-  return {factors.input.sketch(batch.x, batch.weights), factors.output.sketch(batch.g, batch.weights),
-          (batch.base * batch.weights).sum(-1), at::full({kLayers}, 3.0, at::kDouble), flags(proxy)};
+  return {factors.input.sketch(batch.x, batch.weights),
+          factors.output.sketch(batch.g, batch.weights), (batch.base * batch.weights).sum(-1),
+          at::full({kLayers}, 3.0, at::kDouble), flags(proxy)};
 }
 
 std::vector<at::Tensor> state(const KroneckerFactors& factors) {
@@ -57,12 +62,12 @@ std::vector<at::Tensor> state(const KroneckerFactors& factors) {
   return copies;
 }
 
-bool same_layer(const KroneckerFactors& factors, const std::vector<at::Tensor>& other,
+bool same_layer(const KroneckerFactors& factors,
+                const std::vector<at::Tensor>& other,
                 int64_t layer) {
   const std::vector<at::Tensor> own = state(factors);
-  return std::equal(own.begin(), own.end(), other.begin(), [&](const auto& x, const auto& y) {
-    return same_bits(x[layer], y[layer]);
-  });
+  return std::equal(own.begin(), own.end(), other.begin(),
+                    [&](const auto& x, const auto& y) { return same_bits(x[layer], y[layer]); });
 }
 
 /// S after one commit of `batch` under these loss settings.
@@ -127,12 +132,12 @@ TEST_CASE("S is per loss term whatever the loss averages over") {
   at::manual_seed(1);
   const Batch batch = Batch::random(12);
   const at::Tensor sum = batch.moment(batch.g);
-  CHECK(error(output_after(batch, ctrlora::kLossTermsTokens, "mean"),
-              sum * matrix(batch.total())) < 1e-12);
+  CHECK(error(output_after(batch, ctrlora::kLossTermsTokens, "mean"), sum * matrix(batch.total())) <
+        1e-12);
   CHECK(error(output_after(batch, ctrlora::kLossTermsSequences, "mean"), sum * 3.0) < 1e-12);
   CHECK(error(output_after(batch, 7, "mean"), sum * 7.0) < 1e-12);
-  CHECK(error(output_after(batch, ctrlora::kLossTermsTokens, "sum"),
-              sum / matrix(batch.total())) < 1e-12);
+  CHECK(error(output_after(batch, ctrlora::kLossTermsTokens, "sum"), sum / matrix(batch.total())) <
+        1e-12);
   CHECK(error(output_after(batch, ctrlora::kLossTermsSequences, "sum"), sum / 3.0) < 1e-12);
   CHECK(error(output_after(batch, 7, "sum"), sum / 7.0) < 1e-12);
 }
@@ -269,8 +274,8 @@ TEST_CASE("failed decompositions are counted, keep the old factor, and one succe
   for (int64_t failure = 1; failure <= 3; ++failure) {
     CurvatureSketch broken = sketch(factors, Batch::random(12));
     // No sum of rows: U^T Y is negative definite.
-    broken.output.product =
-        at::cat({factors.output.basis().slice(0, 0, 1) * -1e6, broken.output.product.slice(0, 1, 2)});
+    broken.output.product = at::cat(
+        {factors.output.basis().slice(0, 0, 1) * -1e6, broken.output.product.slice(0, 1, 2)});
     factors.commit(broken, options);
     CHECK(same_bits(factors.misses, at::tensor({failure, int64_t{0}}, at::kLong)));
     CHECK(same_bits(factors.output.to_dense()[0], before[0]));

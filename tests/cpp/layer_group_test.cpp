@@ -37,7 +37,9 @@ struct Layers {
   std::vector<std::shared_ptr<ObservationSlot>> slots;
   std::shared_ptr<LayerGroup> group;
 
-  explicit Layers(int64_t count, const Options& options = {}, bool trained = true,
+  explicit Layers(int64_t count,
+                  const Options& options = {},
+                  bool trained = true,
                   at::ScalarType dtype = at::kDouble) {
     for (int64_t l = 0; l < count; ++l) {
       pairs.push_back(problems::make_pair(kOut, kIn, kRank, trained, dtype));
@@ -82,7 +84,9 @@ Options exact() {
   return options;
 }
 
-at::Tensor outer(const at::Tensor& rows) { return matmul(rows.t(), rows); }
+at::Tensor outer(const at::Tensor& rows) {
+  return matmul(rows.t(), rows);
+}
 
 }  // namespace
 
@@ -166,8 +170,9 @@ TEST_CASE("a model cast as a whole is followed; a part of it is refused") {
   own.pairs[0].b.mutable_grad().reset();
   own.pairs[0].b.set_data(own.pairs[0].b.to(at::kDouble));
   const std::string text = error_of([&] { own.group->bind(); });
-  CHECK(contains(text, "pairs 'layer 0' and 'layer 1' started on one device with one dtype and now "
-                       "differ: cpu Double and cpu BFloat16."));
+  CHECK(contains(text,
+                 "pairs 'layer 0' and 'layer 1' started on one device with one dtype and now "
+                 "differ: cpu Double and cpu BFloat16."));
 }
 
 TEST_CASE("every layer is wanted during warm-up, then a contiguous part of them on each step") {
@@ -285,7 +290,8 @@ TEST_CASE("an unobserved layer takes its gradients as rows, from B = 0 on the id
   CHECK(same_bits(factors.absolute, at::zeros({1}, at::kBool)));
 }
 
-TEST_CASE("momentum is an EMA with bias correction; a layer without a finite gradient keeps its own") {
+TEST_CASE(
+    "momentum is an EMA with bias correction; a layer without a finite gradient keeps its own") {
   at::manual_seed(8);
   Layers own(3);
   own.random_gradients();
@@ -307,8 +313,12 @@ TEST_CASE("momentum is an EMA with bias correction; a layer without a finite gra
 
 TEST_CASE("the update is (1 - lr wd) W + f delta, for all ranks, dtypes and sizes of the kernels") {
   at::manual_seed(9);
-  for (const auto& [m, n, r] : {std::array<int64_t, 3>{3, 2, 1}, {9, 14, 3}, {40, 24, 4},
-                                {1030, 33, 8}, {70, 2100, 16}, {100, 90, 20}}) {
+  for (const auto& [m, n, r] : {std::array<int64_t, 3>{3, 2, 1},
+                                {9, 14, 3},
+                                {40, 24, 4},
+                                {1030, 33, 8},
+                                {70, 2100, 16},
+                                {100, 90, 20}}) {
     for (const at::ScalarType dtype : {at::kDouble, at::kFloat}) {
       Options options;
       options.sketch_rank = 6;
@@ -336,7 +346,8 @@ TEST_CASE("the update is (1 - lr wd) W + f delta, for all ranks, dtypes and size
         const LoraPair& pair = pairs[static_cast<size_t>(l)];
         const at::Tensor f = own.length[l] * 0.5, a = wide(pair.a), b = wide(pair.b);
         expected.push_back(0.98 * a + f * delta(own.step.a, a.t(), wide(pair.a.grad()).t(),
-                                                wide(group.factors().input.basis()[l]), l).t());
+                                                wide(group.factors().input.basis()[l]), l)
+                                              .t());
         expected.push_back(0.98 * b + f * delta(own.step.b, b, wide(pair.b.grad()),
                                                 wide(group.factors().output.basis()[l]), l));
       }
@@ -364,7 +375,8 @@ TEST_CASE("failed layers are taken out once and stand still from then on") {
   CHECK(failed[0].name == "layer 1");
   CHECK(failed[1].name == "layer 2");
   CHECK(own.group->take_failed().empty());
-  const at::Tensor before = own.pairs[1].b.detach().clone(), other = own.pairs[0].b.detach().clone();
+  const at::Tensor before = own.pairs[1].b.detach().clone(),
+                   other = own.pairs[0].b.detach().clone();
   own.step({.weight_decay = 0.5});
   CHECK(same_bits(own.pairs[1].b.detach(), before));
   CHECK_FALSE(same_bits(own.pairs[0].b.detach(), other));

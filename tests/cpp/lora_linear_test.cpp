@@ -37,7 +37,8 @@ struct Layer {
 };
 
 /// Gradients of inputs, a, b for the output gradient `g`.
-std::vector<at::Tensor> gradients(const at::Tensor& y, const std::vector<at::Tensor>& of,
+std::vector<at::Tensor> gradients(const at::Tensor& y,
+                                  const std::vector<at::Tensor>& of,
                                   const at::Tensor& g) {
   return torch::autograd::grad({y}, of, {g});
 }
@@ -50,8 +51,11 @@ at::Tensor plain(const at::Tensor& x, const Layer& own, bool with_bias = true) {
   return base + kScaling * delta + (with_bias ? wide(own.bias) : at::zeros({}, at::kDouble));
 }
 
-void check_equal(const at::Tensor& y, const at::Tensor& expected, const at::Tensor& x,
-                 const Layer& own, double tolerance) {
+void check_equal(const at::Tensor& y,
+                 const at::Tensor& expected,
+                 const at::Tensor& x,
+                 const Layer& own,
+                 double tolerance) {
   CHECK(error(y.detach(), expected.detach()) < tolerance);
   const at::Tensor g = randn(y.sizes());
   const std::vector<at::Tensor> got = gradients(y, {x, own.a, own.b}, g.to(y.scalar_type()));
@@ -117,7 +121,8 @@ TEST_CASE("without bias, transposed as in Conv1D, and with strided inputs") {
   check_equal(run(strided, own.weight, true, false), plain(strided, own), strided, own, 1e-13);
 }
 
-TEST_CASE("a bfloat16 base with float32 adapters computes in bfloat16, gradients in their own dtype") {
+TEST_CASE(
+    "a bfloat16 base with float32 adapters computes in bfloat16, gradients in their own dtype") {
   at::manual_seed(2);
   const Layer own = Layer::random(at::kBFloat16, at::kFloat);
   const at::Tensor x = randn({6, kIn}, at::kBFloat16).requires_grad_();
@@ -188,8 +193,9 @@ TEST_CASE("an observation is delivered once a backward, with the base's own outp
   const at::Tensor x = randn({2, 7, kIn}).requires_grad_(), g = randn({2, 7, kOut});
   const at::Tensor base = at::linear(x, own.weight, own.bias).detach();
   const auto forward = [&](bool foreign) {
-    return foreign ? lora_delta(x, base, own.a, own.b, kScaling, watched.slot)
-                   : lora_linear(x, own.weight, own.bias, own.a, own.b, kScaling, watched.slot, false);
+    return foreign
+               ? lora_delta(x, base, own.a, own.b, kScaling, watched.slot)
+               : lora_linear(x, own.weight, own.bias, own.a, own.b, kScaling, watched.slot, false);
   };
   for (const bool foreign : {false, true}) {
     const at::Tensor dropped = forward(foreign);  // evaluation with a graph
@@ -239,9 +245,8 @@ TEST_CASE("layers that receive one tensor share its rows") {
   Watched first, second;
   second.slot->connect(first.sink, 1);
   const at::Tensor x = randn({2, 7, kIn});
-  const at::Tensor y =
-      lora_linear(x, q.weight, q.bias, q.a, q.b, kScaling, first.slot, false) +
-      lora_linear(x, k.weight, k.bias, k.a, k.b, kScaling, second.slot, false);
+  const at::Tensor y = lora_linear(x, q.weight, q.bias, q.a, q.b, kScaling, first.slot, false) +
+                       lora_linear(x, k.weight, k.bias, k.a, k.b, kScaling, second.slot, false);
   y.sum().backward();
   REQUIRE(first.sink->seen.size() == 2);
   CHECK(first.sink->seen[0].inputs.is_same(first.sink->seen[1].inputs));
@@ -258,15 +263,15 @@ TEST_CASE("shapes that do not fit are refused by name") {
   CHECK(contains(linear(x, randn({kOut}), own.a, own.b),
                  "[ctrlora::lora_linear] expected a 2-d weight; got [4]."));
   const std::string text = linear(randn({6, 9}), own.weight, own.a, own.b);
-  CHECK(contains(text, "[ctrlora::lora_linear] expected inputs (..., n), a (r, n), b (m, r) with "
-                       "n = 5, m = 4; got inputs [6, 9], a [3, 5], b [4, 3]."));
+  CHECK(contains(text,
+                 "[ctrlora::lora_linear] expected inputs (..., n), a (r, n), b (m, r) with "
+                 "n = 5, m = 4; got inputs [6, 9], a [3, 5], b [4, 3]."));
   CHECK(contains(linear(x, own.weight, randn({3, 6}), own.b), "a [3, 6]"));
   CHECK(contains(linear(x, own.weight, own.a, randn({4, 2})), "b [4, 2]"));
   CHECK(contains(linear(x, own.weight, own.a, randn({7, 3})), "b [7, 3]"));
   CHECK(contains(linear(randn({}), own.weight, own.a, own.b), "got inputs []"));
-  CHECK(contains(problems::error_of([&] {
-                   lora_delta(x, randn({6, 3}), own.a, own.b, kScaling, nullptr);
-                 }),
-                 "[ctrlora::lora_delta] expected inputs (..., n), a (r, n), b (m, r) with n = 5, "
-                 "m = 3; got inputs [6, 5], a [3, 5], b [4, 3]."));
+  CHECK(contains(
+      problems::error_of([&] { lora_delta(x, randn({6, 3}), own.a, own.b, kScaling, nullptr); }),
+      "[ctrlora::lora_delta] expected inputs (..., n), a (r, n), b (m, r) with n = 5, "
+      "m = 3; got inputs [6, 5], a [3, 5], b [4, 3]."));
 }

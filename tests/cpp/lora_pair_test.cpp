@@ -42,7 +42,8 @@ TEST_CASE("a pair knows its sizes") {
   CHECK(error_of([&] { pair.validate(); }).empty());
 }
 
-TEST_CASE("float16, bfloat16, float32 and float64 pairs are valid; layouts of strides do not matter") {
+TEST_CASE(
+    "float16, bfloat16, float32 and float64 pairs are valid; layouts of strides do not matter") {
   for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16, at::kFloat, at::kDouble}) {
     CHECK(message(at::ones({2, 5}, dtype), at::ones({4, 2}, dtype)).empty());
   }
@@ -138,7 +139,8 @@ TEST_CASE("tied tensors are refused and the first pair stays") {
   const at::Tensor other_b = second.b;
   second.b = first.b;
   const std::string text = error_of([&] { register_pair(second); });
-  CHECK(contains(text, "[ctrlora::register_pair] pair 'tied': one of its tensors is already paired"));
+  CHECK(
+      contains(text, "[ctrlora::register_pair] pair 'tied': one of its tensors is already paired"));
   CHECK(contains(text, "in 'layer'"));
   CHECK(contains(text, "Remedy: unregister that pair first."));
   CHECK(find_slot(first.b) == slot);

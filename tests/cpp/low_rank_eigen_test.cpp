@@ -20,8 +20,12 @@ using problems::randn;
 using problems::rows_of;
 using problems::same_bits;
 
-at::Tensor all(int64_t layers) { return at::ones({layers}, at::kBool); }
-at::Tensor filled(int64_t layers, double value) { return at::full({layers}, value, at::kDouble); }
+at::Tensor all(int64_t layers) {
+  return at::ones({layers}, at::kBool);
+}
+at::Tensor filled(int64_t layers, double value) {
+  return at::full({layers}, value, at::kDouble);
+}
 
 /// Enters rows (L, R, d) with weight 1 under EMA weight `keep`.
 at::Tensor enter(LowRankEigen& factor, const at::Tensor& rows, double keep, double scale = 1.0) {
@@ -56,9 +60,8 @@ std::vector<at::Tensor> state(const LowRankEigen& factor) {
 
 bool same_layer(const LowRankEigen& factor, const std::vector<at::Tensor>& other, int64_t layer) {
   const std::vector<at::Tensor> own = state(factor);
-  return std::equal(own.begin(), own.end(), other.begin(), [&](const auto& x, const auto& y) {
-    return same_bits(x[layer], y[layer]);
-  });
+  return std::equal(own.begin(), own.end(), other.begin(),
+                    [&](const auto& x, const auto& y) { return same_bits(x[layer], y[layer]); });
 }
 
 }  // namespace
@@ -84,9 +87,10 @@ TEST_CASE("sizes without meaning are refused") {
   const auto message = [](int64_t layers, int64_t size, int64_t k) {
     return problems::error_of([&] { const LowRankEigen factor(layers, size, k, at::kFloat); });
   };
-  CHECK(message(1, 4, 5) ==
-        "[ctrlora::LowRankEigen] expected layers >= 1 and 1 <= sketch_rank <= size; got layers = 1, "
-        "sketch_rank = 5, size = 4.");
+  CHECK(
+      message(1, 4, 5) ==
+      "[ctrlora::LowRankEigen] expected layers >= 1 and 1 <= sketch_rank <= size; got layers = 1, "
+      "sketch_rank = 5, size = 4.");
   CHECK(problems::contains(message(0, 4, 2), "got layers = 0"));
   CHECK(problems::contains(message(1, 4, 0), "sketch_rank = 0"));
 }
@@ -114,7 +118,9 @@ TEST_CASE("a complete basis equals the dense EMA and its powers") {
   }
 }
 
-TEST_CASE("an incomplete basis is U diag(e) U' + rho (I - U U'), and its powers are those of that matrix") {
+TEST_CASE(
+    "an incomplete basis is U diag(e) U' + rho (I - U U'), and its powers are those of that "
+    "matrix") {
   at::manual_seed(2);
   LowRankEigen factor = started(rows_of(positive(2, 12), 40), 4);
   for (const double keep : {0.0, 0.6, 0.6}) {
@@ -134,7 +140,8 @@ TEST_CASE("an incomplete basis is U diag(e) U' + rho (I - U U'), and its powers 
     CHECK(error(power.diag + power.tail.unsqueeze(-1),
                 (factor.eigenvalues() + lambda.unsqueeze(-1)).pow(exponent)) < 1e-13);
   }
-  CHECK(same_bits(factor.power(0.5, 0.1).slice(1, 2).diag, factor.power(0.5, 0.1).diag.slice(0, 1, 2)));
+  CHECK(same_bits(factor.power(0.5, 0.1).slice(1, 2).diag,
+                  factor.power(0.5, 0.1).diag.slice(0, 1, 2)));
 }
 
 TEST_CASE("the trace is exact at every step and the basis stays orthonormal") {
@@ -217,14 +224,17 @@ TEST_CASE("one repeated row, fewer rows than the basis, and rows of zeros surviv
   CHECK(error(from_zeros.trace(), norm) < 1e-13);
 }
 
-TEST_CASE("layers without weight, with keep = 1 or non-finite sums stay bit for bit, others do not notice") {
+TEST_CASE(
+    "layers without weight, with keep = 1 or non-finite sums stay bit for bit, others do not "
+    "notice") {
   at::manual_seed(7);
   for (const int64_t k : {4, 10}) {
     const at::Tensor rows = randn({2, 30, 10});
     LowRankEigen factor = started(rows, k);
     enter(factor, rows, 0.0);
     const std::vector<at::Tensor> before = state(factor);
-    const auto run = [&](const FactorSketch& sketch, const at::Tensor& keep, const at::Tensor& scale) {
+    const auto run = [&](const FactorSketch& sketch, const at::Tensor& keep,
+                         const at::Tensor& scale) {
       LowRankEigen own = started(rows, k);
       enter(own, rows, 0.0);
       CHECK_FALSE(own.update(sketch, keep, scale).any().item<bool>());
@@ -278,8 +288,7 @@ TEST_CASE("sketches are linear in the rows, and a weight is a number of copies")
   CHECK(error(whole.weight, weights.sum(-1)) < 1e-15);
 
   const FactorSketch tripled = factor.sketch(rows, at::full({2, 30}, 3.0, at::kDouble));
-  const FactorSketch copies =
-      factor.sketch(rows.repeat({1, 3, 1}), at::ones({2, 90}, at::kDouble));
+  const FactorSketch copies = factor.sketch(rows.repeat({1, 3, 1}), at::ones({2, 90}, at::kDouble));
   CHECK(error(tripled.product, copies.product) < 1e-14);
   CHECK(error(tripled.trace, copies.trace) < 1e-14);
 }
@@ -340,7 +349,6 @@ TEST_CASE("nothing of size d x d is allocated at d = 4096") {
   const int64_t seen = largest.bytes();
   CHECK(seen >= kSize * 16 * 4);  // the watch works: the basis went through it
   CHECK(seen <= kMatrix / 16);
-  MESSAGE("largest block: " << seen << " of " << kMatrix << " bytes for d x d");
   at::empty({kSize, kSize}, at::kFloat);
   CHECK(largest.bytes() == kMatrix);
 }

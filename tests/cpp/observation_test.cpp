@@ -147,16 +147,15 @@ TEST_CASE("many rows are sampled alike from inputs, base output and gradient") {
   const at::Tensor index = RowSampler(8, 7).sample(40, 0, at::kCPU);
   CHECK(same_bits(seen.inputs, x.view({40, 3}).index_select(0, index)));
   CHECK(same_bits(seen.output_grads, g.view({40, 4}).index_select(0, index)));
-  CHECK(problems::error(seen.base_square,
-                        y.view({40, 4}).index_select(0, index).square().sum(-1)) < 1e-14);
+  CHECK(problems::error(seen.base_square, y.view({40, 4}).index_select(0, index).square().sum(-1)) <
+        1e-14);
   CHECK(seen.row_weight == 5.0);
   CHECK(seen.sequences == 2);
   CHECK(same_bits(g, before));
 
   channel.slot->capture(x, y)->complete(g);  // the second micro-batch draws anew
   const at::Tensor second = RowSampler(8, 7).sample(40, 1, at::kCPU);
-  CHECK(same_bits(channel.sink->seen.at(1).second.inputs,
-                  x.view({40, 3}).index_select(0, second)));
+  CHECK(same_bits(channel.sink->seen.at(1).second.inputs, x.view({40, 3}).index_select(0, second)));
 }
 
 TEST_CASE("sequences: leading dimensions of 3-d inputs and up, rows else") {
@@ -172,7 +171,8 @@ TEST_CASE("sequences: leading dimensions of 3-d inputs and up, rows else") {
   CHECK(sequences({3}) == 1);
 }
 
-TEST_CASE("base squares of low-precision outputs are taken in float32; without a base there are none") {
+TEST_CASE(
+    "base squares of low-precision outputs are taken in float32; without a base there are none") {
   Channel channel(64);
   const at::Tensor y = at::full({2, 300}, 100.0, at::kHalf);  // the square overflows float16
   channel.slot->capture(at::ones({2, 3}, at::kHalf), y)->complete(at::ones({2, 300}, at::kHalf));

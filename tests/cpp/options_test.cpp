@@ -25,11 +25,14 @@ std::string message_with(const std::function<void(Settings&)>& change) {
   return error_of([&] { settings.validate(); });
 }
 
-/// Every value in `bad` is refused with the option's name, the value and the rule; every one in `good`
-/// passes.
+/// Every value in `bad` is refused with the option's name, the value and the rule; every one in
+/// `good` passes.
 template <typename Settings, typename Value>
-void check_range(Value Settings::*member, const std::string& where, const std::string& name,
-                 const std::string& rule, const std::vector<Value>& bad,
+void check_range(Value Settings::* member,
+                 const std::string& where,
+                 const std::string& name,
+                 const std::string& rule,
+                 const std::vector<Value>& bad,
                  const std::vector<Value>& good) {
   for (const Value& value : bad) {
     const std::string expected =
@@ -42,19 +45,27 @@ void check_range(Value Settings::*member, const std::string& where, const std::s
   }
 }
 
-void check_option(int64_t Options::*member, const std::string& name, int64_t smallest,
+void check_option(int64_t Options::* member,
+                  const std::string& name,
+                  int64_t smallest,
                   const std::string& rule) {
   check_range<Options, int64_t>(member, "ctrlora::Options", name, rule, {smallest - 1, -1000},
                                 {smallest, 1000000});
 }
 
-void check_option(double Options::*member, const std::string& name, const std::string& rule,
-                  const std::vector<double>& bad, const std::vector<double>& good) {
+void check_option(double Options::* member,
+                  const std::string& name,
+                  const std::string& rule,
+                  const std::vector<double>& bad,
+                  const std::vector<double>& good) {
   check_range<Options, double>(member, "ctrlora::Options", name, rule, bad, good);
 }
 
-void check_setting(double GroupSettings::*member, const std::string& name, const std::string& rule,
-                   const std::vector<double>& bad, const std::vector<double>& good) {
+void check_setting(double GroupSettings::* member,
+                   const std::string& name,
+                   const std::string& rule,
+                   const std::vector<double>& bad,
+                   const std::vector<double>& good) {
   check_range<GroupSettings, double>(member, "ctrlora::GroupSettings", name, rule, bad, good);
 }
 

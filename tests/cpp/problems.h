@@ -1,4 +1,5 @@
-// Random problems and dense float64 references for the tests: plain ATen, never the code under test.
+// Random problems and dense float64 references for the tests: plain ATen, never the code under
+// test.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -89,8 +90,8 @@ inline at::Tensor rows_of(const at::Tensor& covariance, int64_t rows) {
 }
 
 /// A leaf pair; b = 0 as LoRA starts, unless `trained`.
-inline ctrlora::LoraPair make_pair(int64_t m, int64_t n, int64_t r, bool trained = true,
-                                   at::ScalarType dtype = at::kDouble) {
+inline ctrlora::LoraPair make_pair(
+    int64_t m, int64_t n, int64_t r, bool trained = true, at::ScalarType dtype = at::kDouble) {
   const at::Tensor b = trained ? randn({m, r}, dtype) * 0.3 : at::zeros({m, r}, dtype);
   return {(randn({r, n}, dtype) * 0.5).requires_grad_(), b.clone().requires_grad_(), 1.5, "layer"};
 }

@@ -34,8 +34,7 @@ TEST_CASE("the inline path runs at once on the caller's thread") {
 
 TEST_CASE("an error of the work reaches the caller and the stream stays usable") {
   ctrlora::SideStream stream;
-  CHECK_THROWS_AS(stream.submit([] { throw std::runtime_error("no memory"); }),
-                  std::runtime_error);
+  CHECK_THROWS_AS(stream.submit([] { throw std::runtime_error("no memory"); }), std::runtime_error);
   bool ran = false;
   stream.submit([&] { ran = true; });
   stream.join();

@@ -58,9 +58,7 @@ struct Problem {
   [[nodiscard]] SideProducts input() const {
     return ctrlora::side_products(a.mT(), grad_a.mT(), omega.basis());
   }
-  [[nodiscard]] SideProducts output() const {
-    return ctrlora::side_products(b, grad_b, s.basis());
-  }
+  [[nodiscard]] SideProducts output() const { return ctrlora::side_products(b, grad_b, s.basis()); }
   [[nodiscard]] SideMetric input_metric() const {
     return SideMetric::of(omega, whitening, kDamping);
   }
@@ -85,7 +83,9 @@ Deltas materialized(const Problem& own, const TangentStep& step) {
           step.b.materialize(own.b, own.grad_b, own.s.basis())};
 }
 
-Deltas deltas(const Problem& own) { return materialized(own, own.step()); }
+Deltas deltas(const Problem& own) {
+  return materialized(own, own.step());
+}
 
 /// cpp/README.md, section 3, with dense matrices.
 Deltas textbook(const Problem& own) {
@@ -96,19 +96,20 @@ Deltas textbook(const Problem& own) {
   const at::Tensor q_inverse = at::linalg_inv(q);
   const at::Tensor trace = matmul(p, q).diagonal(0, -2, -1).sum(-1).view({-1, 1, 1});
   const double rank = static_cast<double>(p.size(-1));
-  const at::Tensor p_floored =
-      at::linalg_inv(p + (trace * own.floor / rank + 1e-60) * q_inverse);
+  const at::Tensor p_floored = at::linalg_inv(p + (trace * own.floor / rank + 1e-60) * q_inverse);
   const at::Tensor p_inverse = matmul(p_floored, matmul(p, p_floored));
   const at::Tensor over = -1 / own.scaling.square().view({-1, 1, 1});
-  const at::Tensor left = dense_power(s, -own.whitening, kDamping) -
-                          0.5 * matmul(own.b, matmul(p_inverse, own.b.mT()));
+  const at::Tensor left =
+      dense_power(s, -own.whitening, kDamping) - 0.5 * matmul(own.b, matmul(p_inverse, own.b.mT()));
   const at::Tensor right = dense_power(omega, -own.whitening, kDamping) -
                            0.5 * matmul(own.a.mT(), matmul(q_inverse, own.a));
   return {over * matmul(p_inverse, matmul(own.grad_a, right)),
           over * matmul(left, matmul(own.grad_b, q_inverse))};
 }
 
-at::Tensor product(const at::Tensor& x, const at::Tensor& y) { return (x * y).sum({1, 2}); }
+at::Tensor product(const at::Tensor& x, const at::Tensor& y) {
+  return (x * y).sum({1, 2});
+}
 
 }  // namespace
 
@@ -129,8 +130,15 @@ TEST_CASE("the five products are those of the dense slabs, for any sizes, stride
     CHECK((products.mm.scalar_type() == at::kDouble));
   };
   for (const int64_t size : {1, 7, 64, 1024, 2500}) {
-    for (const auto& [rank, sketch] : {std::pair<int64_t, int64_t>{1, 1}, {3, 5}, {4, 1}, {8, 16},
-                                       {12, 7}, {16, 16}, {20, 3}, {36, 16}, {64, 24}}) {
+    for (const auto& [rank, sketch] : {std::pair<int64_t, int64_t>{1, 1},
+                                       {3, 5},
+                                       {4, 1},
+                                       {8, 16},
+                                       {12, 7},
+                                       {16, 16},
+                                       {20, 3},
+                                       {36, 16},
+                                       {64, 24}}) {
       CAPTURE(size);
       CAPTURE(rank);
       for (const at::ScalarType dtype : {at::kDouble, at::kFloat}) {
@@ -175,7 +183,8 @@ TEST_CASE("the step is the textbook formula with dense matrices") {
       const Deltas got = materialized(own, step), expected = textbook(own);
       CHECK(error(got.a, expected.a) < 1e-10);
       CHECK(error(got.b, expected.b) < 1e-10);
-      const at::Tensor decrease = -(product(own.grad_a, expected.a) + product(own.grad_b, expected.b));
+      const at::Tensor decrease =
+          -(product(own.grad_a, expected.a) + product(own.grad_b, expected.b));
       CHECK(error(step.predicted_decrease, decrease) < 1e-10);
       CHECK((step.predicted_decrease >= 0).all().item<bool>());
     }
@@ -316,7 +325,8 @@ TEST_CASE("a bad layer is not ok; the others are as they would be without it") {
     }
   };
   for (const double value : {nan, inf}) {
-    for (at::Tensor Problem::*slab : {&Problem::a, &Problem::b, &Problem::grad_a, &Problem::grad_b}) {
+    for (at::Tensor Problem::* slab :
+         {&Problem::a, &Problem::b, &Problem::grad_a, &Problem::grad_b}) {
       Problem bad = own;
       bad.*slab = (own.*slab).clone();
       (bad.*slab).select(0, 1).select(0, 1).select(0, 2).fill_(value);
@@ -335,14 +345,14 @@ TEST_CASE("a batch equals its layers one by one") {
   const Deltas all = deltas(own);
   for (int64_t l = 0; l < 4; ++l) {
     const auto part = [&](const at::Tensor& x) { return x.slice(0, l, l + 1); };
-    const TangentStep step = ctrlora::tangent_step(
-        own.input().slice(l, l + 1), own.input_metric().slice(l, l + 1),
-        own.output().slice(l, l + 1), own.output_metric().slice(l, l + 1), part(own.scaling),
-        kFloor, kEps);
+    const TangentStep step =
+        ctrlora::tangent_step(own.input().slice(l, l + 1), own.input_metric().slice(l, l + 1),
+                              own.output().slice(l, l + 1), own.output_metric().slice(l, l + 1),
+                              part(own.scaling), kFloor, kEps);
     CHECK(error(step.b.materialize(part(own.b), part(own.grad_b), part(own.s.basis())),
                 part(all.b)) < 1e-12);
-    CHECK(error(step.a.materialize(part(own.a).mT(), part(own.grad_a).mT(),
-                                   part(own.omega.basis())),
-                part(all.a).mT()) < 1e-12);
+    CHECK(
+        error(step.a.materialize(part(own.a).mT(), part(own.grad_a).mT(), part(own.omega.basis())),
+              part(all.a).mT()) < 1e-12);
   }
 }

@@ -52,7 +52,9 @@ struct Solved {
   at::Tensor length;     // (L) |D|
 };
 
-Solved solve(const at::Tensor& gradient, const at::Tensor& output, const at::Tensor& input,
+Solved solve(const at::Tensor& gradient,
+             const at::Tensor& output,
+             const at::Tensor& input,
              const at::Tensor& radius) {
   const TrustRegionSubproblem problem{gradient, output, input};
   const auto solution = problem.solve(radius);
@@ -122,7 +124,9 @@ TEST_CASE("inside the ball the start is returned as it is; outside the step ends
   CHECK(((f - first).abs() / first).max().item<double>() < 1e-8);
 }
 
-TEST_CASE("T and Z in opposition, where the norm may fall back on the way, never let the step leave the ball") {
+TEST_CASE(
+    "T and Z in opposition, where the norm may fall back on the way, never let the step leave the "
+    "ball") {
   at::manual_seed(2);
   constexpr int64_t kCount = 4000;
   const at::Tensor tangent = powers_of_ten(kCount, -2, 2), cross = powers_of_ten(kCount, -2, 2);
@@ -208,9 +212,9 @@ TEST_CASE("the multiplier equals that of a long bisection") {
 TEST_CASE("Newton needs few iterations, also over many orders of magnitude") {
   at::manual_seed(6);
   const auto iterations = [](double spread) {
-    const Solved own = solve(randn({200, 6, 7}), powers_of_ten(1200, -spread, spread).view({200, 6}),
-                             powers_of_ten(1400, -spread, spread).view({200, 7}),
-                             powers_of_ten(200, -4, 4));
+    const Solved own =
+        solve(randn({200, 6, 7}), powers_of_ten(1200, -spread, spread).view({200, 6}),
+              powers_of_ten(1400, -spread, spread).view({200, 7}), powers_of_ten(200, -4, 4));
     CHECK(own.solution.step.isfinite().all().item<bool>());
     return own.solution.iterations;
   };
@@ -275,7 +279,8 @@ TEST_CASE("shapes that do not fit and radii that are not positive are refused") 
   CHECK(contains(message({2, 3, 4}, {2, 3}, {1, 4}, ones), "got [2, 3, 4], [2, 3], [1, 4]."));
   for (const at::Tensor& radius : {numbers({1.0, 0.0}), numbers({-1.0, 1.0}), numbers({kNan, 1.0}),
                                    numbers({1.0}), at::ones({2, 1}, at::kDouble)}) {
-    CHECK(contains(message({2, 3, 4}, {2, 3}, {2, 4}, radius), "expected a positive radius (L); got "));
+    CHECK(contains(message({2, 3, 4}, {2, 3}, {2, 4}, radius),
+                   "expected a positive radius (L); got "));
   }
   CHECK(message({2, 3, 4}, {2, 3}, {2, 4}, ones).empty());
 }

@@ -137,8 +137,9 @@ def test_with_layers_without_bias() -> None:
         check(twins, t, 1e-9)
 
 
-def test_with_sequences_of_tokens() -> None:
-    run(Settings(loss_terms=-1), lambda t: [entropy(t, 5, 4)])
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4)])
+def test_with_sequences_of_tokens(shape: tuple[int, ...]) -> None:
+    run(Settings(loss_terms=-1), lambda t: [entropy(t, *shape)])
 
 
 def test_with_fewer_rows_than_features() -> None:

@@ -257,9 +257,7 @@ def test_runs_repeat_bit_for_bit(run, same):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("n", "m", "rank"), [(3, 2, 3), (8, 4, 8), (3, 1, 2), (1, 1, 1)]
-)
+@pytest.mark.parametrize(("n", "m", "rank"), [(3, 2, 3), (8, 4, 8), (3, 1, 2), (1, 1, 1)])
 def test_rank_as_large_as_the_layer(n, m, rank, dtype):
     """Singular Grams: the step stays in the ball and still trains."""
     layer = LoRALinear(nn.Linear(n, m).to(dtype), rank=rank)

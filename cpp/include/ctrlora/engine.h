@@ -1,4 +1,5 @@
-// All layers, one step: decides when things happen and owns the state. Knows no Python, no param_groups.
+// All layers, one step: decides when things happen and owns the state. Knows no Python, no
+// param_groups.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -43,7 +44,8 @@ class CTRLORA_API Engine {
   /// Scale of the loss for the gradients observed from now on (GradScaler).
   void set_loss_scale(double loss_scale);
 
-  /// Forgets what was observed since the last step: gradients that are thrown away take their rows along.
+  /// Forgets what was observed since the last step: gradients that are thrown away take their rows
+  /// along.
   void drop_observations();
 
   [[nodiscard]] int64_t steps() const { return steps_; }
@@ -56,7 +58,8 @@ class CTRLORA_API Engine {
 
   /// The whole state but the parameters, by stable names; live tensors.
   [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
-  /// Restores it. @throws c10::ValueError printing the names or shapes that differ, before any change.
+  /// Restores it. @throws c10::ValueError printing the names or shapes that differ, before any
+  /// change.
   void load(const std::map<std::string, at::Tensor>& tensors);
   /// Bytes of that state.
   [[nodiscard]] int64_t state_bytes() const;

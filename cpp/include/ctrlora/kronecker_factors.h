@@ -1,7 +1,7 @@
 // The two Kronecker factors of each layer of a group, with what is observed beside them.
 //
-// Omega = E[x x^T] (input factor) and S = E[g^ g^T] (output factor): K-FAC of Martens & Grosse (2015),
-// expand setting of Eschenhagen et al. (2023), empirical Fisher. cpp/README.md, section 2.
+// Omega = E[x x^T] (input factor) and S = E[g^ g^T] (output factor): K-FAC of Martens & Grosse
+// (2015), expand setting of Eschenhagen et al. (2023), empirical Fisher. cpp/README.md, section 2.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,8 +29,11 @@ class CTRLORA_API KroneckerFactors {
  public:
   KroneckerFactors() = default;
   /// Identity factors for L layers; k is min(sketch_rank, d, dense_limit) per side.
-  KroneckerFactors(int64_t layers, int64_t in_features, int64_t out_features,
-                   const Options& options, const at::TensorOptions& tensor_options);
+  KroneckerFactors(int64_t layers,
+                   int64_t in_features,
+                   int64_t out_features,
+                   const Options& options,
+                   const at::TensorOptions& tensor_options);
 
   LowRankEigen input;      ///< Omega, (L, n, ...)
   LowRankEigen output;     ///< S, (L, m, ...)
@@ -41,8 +44,8 @@ class CTRLORA_API KroneckerFactors {
 
   [[nodiscard]] KroneckerFactors slice(int64_t begin, int64_t end) const;
 
-  /// Enters one batch into these layers: EMA weight b = min(factor_beta, 1 - 1/seen), loss scaling of S
-  /// as options say, unit-gain assumption for the base under the gradient proxy.
+  /// Enters one batch into these layers: EMA weight b = min(factor_beta, 1 - 1/seen), loss scaling
+  /// of S as options say, unit-gain assumption for the base under the gradient proxy.
   void commit(const CurvatureSketch& sketch, const Options& options);
 
   [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;

@@ -1,6 +1,7 @@
 // Layers of one shape, dtype and device in slabs with a leading dimension L: what a step works on.
 //
-// Parameters are views into the slabs. Every method is a handful of batched operations, whatever L is.
+// Parameters are views into the slabs. Every method is a handful of batched operations, whatever L
+// is.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -40,7 +41,9 @@ class CTRLORA_API LayerGroup : public ObservationSink {
  public:
   /// @param pairs same shapes, dtype and device (the engine sorts them). @param group index of the
   /// parameter group whose settings apply. Their tensors become views into slabs.
-  LayerGroup(std::vector<LoraPair> pairs, int64_t group, Options options,
+  LayerGroup(std::vector<LoraPair> pairs,
+             int64_t group,
+             Options options,
              std::shared_ptr<RowSampler> sampler);
   ~LayerGroup() override;
   LayerGroup(const LayerGroup&) = delete;
@@ -78,9 +81,11 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   /// Counts the step, balances the gauge when due, asks for the next observations.
   void finish();
 
-  /// Takes out the layers that failed `max_misses` times in a row. Synchronises: not for every step.
+  /// Takes out the layers that failed `max_misses` times in a row. Synchronises: not for every
+  /// step.
   std::vector<LoraPair> take_failed();
-  /// Takes out the layers marked in `layers` (L) bool that are still active; they stay in the slabs.
+  /// Takes out the layers marked in `layers` (L) bool that are still active; they stay in the
+  /// slabs.
   std::vector<LoraPair> take_out(const at::Tensor& layers);
 
   /// State by name, without the parameters; live tensors.
@@ -94,8 +99,11 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   };
   [[nodiscard]] Range due(int64_t step) const;
   [[nodiscard]] std::pair<at::Tensor, at::Tensor> raw_gradients(Range range) const;
-  void update_rms(Range range, const SideProducts& input, const SideProducts& output,
-                  const SideMetric& input_metric, const SideMetric& output_metric);
+  void update_rms(Range range,
+                  const SideProducts& input,
+                  const SideProducts& output,
+                  const SideMetric& input_metric,
+                  const SideMetric& output_metric);
   void move_state(const at::TensorOptions& options);
   void want();
   void balance_gauge();

@@ -1,9 +1,10 @@
 // A symmetric positive semi-definite matrix per layer as eigenpairs plus an isotropic tail.
 //
-//   F = U diag(e) U^T + rho (I - U U^T),   rho = (tr F - sum e) / (d - k)          (cpp/README.md, 2)
+//   F = U diag(e) U^T + rho (I - U U^T),   rho = (tr F - sum e) / (d - k)          (cpp/README.md,
+//   2)
 //
-// The trace is exact whatever the basis misses. Nothing (d, d) is formed for k < d. A value type: use it
-// alone with any batch of second moments. Not thread-safe.
+// The trace is exact whatever the basis misses. Nothing (d, d) is formed for k < d. A value type:
+// use it alone with any batch of second moments. Not thread-safe.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -37,8 +38,12 @@ class CTRLORA_API LowRankEigen {
 
   /// The identity for L layers of size d with k eigenpairs.
   /// @param options device and dtype (float32 or float64) of the basis.
-  /// @param wide whether the basis' columns are contiguous in memory, as A's rows are; else its rows.
-  LowRankEigen(int64_t layers, int64_t size, int64_t sketch_rank, const at::TensorOptions& options,
+  /// @param wide whether the basis' columns are contiguous in memory, as A's rows are; else its
+  /// rows.
+  LowRankEigen(int64_t layers,
+               int64_t size,
+               int64_t sketch_rank,
+               const at::TensorOptions& options,
                bool wide = false);
 
   [[nodiscard]] int64_t layers() const { return basis_.size(0); }
@@ -51,15 +56,15 @@ class CTRLORA_API LowRankEigen {
   /// A view of layers [begin, end): updates through it reach this object.
   [[nodiscard]] LowRankEigen slice(int64_t begin, int64_t end) const;
 
-  /// First basis of the layers in `where` (L) bool: orthonormalised X^T Theta from rows (L, R, d); Theta
-  /// is Gaussian from (seed). A complete basis (k = d) starts at the identity.
+  /// First basis of the layers in `where` (L) bool: orthonormalised X^T Theta from rows (L, R, d);
+  /// Theta is Gaussian from (seed). A complete basis (k = d) starts at the identity.
   void start_basis(const at::Tensor& rows, const at::Tensor& where, uint64_t seed);
 
   /// Sketch of `rows` (L, R, d) with row weights (L, R) (0 = leave out) in the present basis.
   [[nodiscard]] FactorSketch sketch(const at::Tensor& rows, const at::Tensor& row_weights) const;
 
-  /// F <- keep F + (1 - keep) scale E[x x^T] from the sketch, basis refreshed by one warm Nystrom power
-  /// iteration. Layers with keep = 1, no weight, or non-finite sums stay bit for bit.
+  /// F <- keep F + (1 - keep) scale E[x x^T] from the sketch, basis refreshed by one warm Nystrom
+  /// power iteration. Layers with keep = 1, no weight, or non-finite sums stay bit for bit.
   /// @param keep (L) float64 EMA weight b of the old factor.
   /// @param scale (L) float64 factor on the sketch's mean (the output factor's loss scaling).
   /// @return (L) bool: layers whose decomposition failed (they kept their old state).
@@ -68,8 +73,8 @@ class CTRLORA_API LowRankEigen {
   /// (L) float64: rho, never negative; 0 for a complete basis.
   [[nodiscard]] at::Tensor tail() const;
 
-  /// Coefficients of (F + lambda I)^exponent, lambda = damping tr F / d. damping = 0 with exponent 1
-  /// is F itself.
+  /// Coefficients of (F + lambda I)^exponent, lambda = damping tr F / d. damping = 0 with exponent
+  /// 1 is F itself.
   [[nodiscard]] PowerCoefficients power(double exponent, double damping) const;
 
   /// (F + lambda I)^exponent @ v for v (L, d, c).

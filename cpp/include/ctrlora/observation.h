@@ -1,10 +1,11 @@
 // Rows of a layer's inputs and output gradients, from the layer to the engine (cpp/README.md, 2).
 //
-// Flow: the layer's forward asks `slot.wanted()`; if so, `slot.capture(x, base_output)` samples rows
-// at once (no reference to x is kept, so checkpointing keeps its memory saving); the gradient's hook
-// calls `capture.complete(g)`, which samples the same rows of g and hands both to the sink. A capture
-// whose backward never comes is dropped with its graph. Counted once per backward in both modes of
-// activation checkpointing: only one of the two forwards is ever completed.
+// Flow: the layer's forward asks `slot.wanted()`; if so, `slot.capture(x, base_output)` samples
+// rows at once (no reference to x is kept, so checkpointing keeps its memory saving); the
+// gradient's hook calls `capture.complete(g)`, which samples the same rows of g and hands both to
+// the sink. A capture whose backward never comes is dropped with its graph. Counted once per
+// backward in both modes of activation checkpointing: only one of the two forwards is ever
+// completed.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -36,12 +37,12 @@ class CTRLORA_API RowSampler {
 
   void set_step(int64_t step);
 
-  /// Indices (R) int64 of the rows of micro-batch `micro_batch`, or an undefined tensor if all `rows`
-  /// rows are taken.
+  /// Indices (R) int64 of the rows of micro-batch `micro_batch`, or an undefined tensor if all
+  /// `rows` rows are taken.
   at::Tensor sample(int64_t rows, int64_t micro_batch, at::Device device);
 
-  /// A copy of those rows of `flat`, which is `inputs` as (N, n). Layers that receive one tensor in turn
-  /// (q/k/v, gate/up) get one copy, by whose identity their sketches are shared.
+  /// A copy of those rows of `flat`, which is `inputs` as (N, n). Layers that receive one tensor in
+  /// turn (q/k/v, gate/up) get one copy, by whose identity their sketches are shared.
   at::Tensor rows_of(const at::Tensor& inputs, const at::Tensor& flat, const at::Tensor& rows);
 
  private:

@@ -1,4 +1,5 @@
-// Settings of the engine: plain numbers, each with unit, range, default and the reason for the default.
+// Settings of the engine: plain numbers, each with unit, range, default and the reason for the
+// default.
 //
 // [M] marks defaults measured on language-model fine-tuning; cpp/README.md holds the equations.
 #pragma once
@@ -23,7 +24,8 @@ struct CTRLORA_API Options {
   /// against dense factors and costs a third of AdamW's state [M].
   int64_t sketch_rank = 16;
 
-  /// Rows (tokens) of one backward that enter a factor, >= 1. 256 is indistinguishable from all [M].
+  /// Rows (tokens) of one backward that enter a factor, >= 1. 256 is indistinguishable from all
+  /// [M].
   int64_t sample_rows = 256;
 
   /// Steps between two observations of a layer, >= 1. 3 ends 0.03 nats below 10 [M].

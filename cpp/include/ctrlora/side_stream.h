@@ -1,7 +1,7 @@
 // Runs work beside training. The only file that may name streams, events or threads.
 //
-// Now: inline. submit() runs the work at once on the caller's stream; publish points stay where they
-// are when a device stream or a worker thread does the work (cpp/README.md, section 7).
+// Now: inline. submit() runs the work at once on the caller's stream; publish points stay where
+// they are when a device stream or a worker thread does the work (cpp/README.md, section 7).
 #pragma once
 
 #include <functional>

@@ -1,10 +1,11 @@
 // Direction (descent): the best step on the tangent space of rank-r matrices in the K-FAC metric.
 //
-//   dB = -(1/s^2) (S_g^-1 - 1/2 B P^-1 B^T) M_B Q^-1,   dA = -(1/s^2) P^-1 M_A (O_g^-1 - 1/2 A^T Q^-1 A)
+//   dB = -(1/s^2) (S_g^-1 - 1/2 B P^-1 B^T) M_B Q^-1,   dA = -(1/s^2) P^-1 M_A (O_g^-1 - 1/2 A^T
+//   Q^-1 A)
 //
 // with P = B^T S_g B, Q = A O_g A^T, metric to the power gamma: the M-orthogonal projection of the
-// preconditioned full gradient step. Independent of the gauge and of s. With gamma = 0 it is LoRA-Pro
-// (arXiv 2407.18242) / Riemannian LoRA (arXiv 2402.02347). cpp/README.md, section 3.
+// preconditioned full gradient step. Independent of the gauge and of s. With gamma = 0 it is
+// LoRA-Pro (arXiv 2407.18242) / Riemannian LoRA (arXiv 2402.02347). cpp/README.md, section 3.
 //
 // Both sides are one problem with a tall W (d, r): B itself, or A^T. The step is a combination
 // M X1 + U X2 + W X3 of slabs that exist already, so nothing (d, r) is formed here.
@@ -33,7 +34,8 @@ struct CTRLORA_API SideProducts {
 };
 
 /// All five products. @param weight (L,d,r), momentum (L,d,r), basis (L,d,k); views of any strides.
-CTRLORA_API SideProducts side_products(const at::Tensor& weight, const at::Tensor& momentum,
+CTRLORA_API SideProducts side_products(const at::Tensor& weight,
+                                       const at::Tensor& momentum,
                                        const at::Tensor& basis);
 
 /// The metric of one side as coefficients on its basis.
@@ -47,7 +49,8 @@ struct CTRLORA_API SideMetric {
 };
 
 /// W^T N W for N given as coefficients: tail ww + uw^T diag uw.
-CTRLORA_API at::Tensor weighted_gram(const PowerCoefficients& metric, const at::Tensor& uw,
+CTRLORA_API at::Tensor weighted_gram(const PowerCoefficients& metric,
+                                     const at::Tensor& uw,
                                      const at::Tensor& ww);
 
 /// delta = M momentum + U basis + W weight.
@@ -69,11 +72,15 @@ struct CTRLORA_API TangentStep {
   at::Tensor ok;                  ///< (L) bool: Grams were decomposed, everything is finite
 };
 
-/// The direction for L layers. @param scaling (L) float64. @param eps rounding unit of the products'
-/// dtype. Never throws on bad numbers: such layers come out with ok = false.
-CTRLORA_API TangentStep tangent_step(const SideProducts& input, const SideMetric& input_metric,
-                                     const SideProducts& output, const SideMetric& output_metric,
-                                     const at::Tensor& scaling, double gram_floor, double eps);
+/// The direction for L layers. @param scaling (L) float64. @param eps rounding unit of the
+/// products' dtype. Never throws on bad numbers: such layers come out with ok = false.
+CTRLORA_API TangentStep tangent_step(const SideProducts& input,
+                                     const SideMetric& input_metric,
+                                     const SideProducts& output,
+                                     const SideMetric& output_metric,
+                                     const at::Tensor& scaling,
+                                     double gram_floor,
+                                     double eps);
 
 /// Inner products of W and delta in a metric N: what every norm of the step is made of.
 struct CTRLORA_API StepGrams {
@@ -83,7 +90,8 @@ struct CTRLORA_API StepGrams {
 };
 
 /// Grams of one side's step in N = `metric`; pass null for N = I.
-CTRLORA_API StepGrams step_grams(const SideProducts& products, const SideStep& step,
+CTRLORA_API StepGrams step_grams(const SideProducts& products,
+                                 const SideStep& step,
                                  const PowerCoefficients* metric);
 
 }  // namespace ctrlora

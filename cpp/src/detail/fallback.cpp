@@ -41,9 +41,8 @@ void AdamW::step(const GroupSettings& settings, bool maximize) {
     }
     steps_[i] = steps_[i].to(params_[i].device());
     params.push_back(params_[i].detach());
-    grads.push_back(grad.scalar_type() == params_[i].scalar_type()
-                        ? grad
-                        : grad.to(params_[i].scalar_type()));
+    grads.push_back(
+        grad.scalar_type() == params_[i].scalar_type() ? grad : grad.to(params_[i].scalar_type()));
     exp_avg.push_back(exp_avg_[i]);
     exp_avg_sq.push_back(exp_avg_sq_[i]);
     steps.push_back(steps_[i]);

@@ -11,7 +11,8 @@
 
 namespace ctrlora::detail {
 
-/// Loshchilov & Hutter (2019). A step whose gradients hold a NaN or inf is skipped for the whole list.
+/// Loshchilov & Hutter (2019). A step whose gradients hold a NaN or inf is skipped for the whole
+/// list.
 class AdamW {
  public:
   AdamW(std::vector<at::Tensor> params, int64_t group);
@@ -21,8 +22,8 @@ class AdamW {
   void step(const GroupSettings& settings, bool maximize);
   [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
 
-  at::Tensor skipped;    ///< (1) int64 steps skipped
-  std::string retired;   ///< name of the pair that was handed over (its settings are a pair group's)
+  at::Tensor skipped;   ///< (1) int64 steps skipped
+  std::string retired;  ///< name of the pair that was handed over (its settings are a pair group's)
 
  private:
   std::vector<at::Tensor> params_, exp_avg_, exp_avg_sq_, steps_;

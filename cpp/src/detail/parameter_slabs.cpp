@@ -7,7 +7,9 @@
 
 namespace ctrlora::detail {
 
-ParameterSlabs::ParameterSlabs(std::vector<LoraPair> pairs) : pairs_(std::move(pairs)) { adopt(); }
+ParameterSlabs::ParameterSlabs(std::vector<LoraPair> pairs) : pairs_(std::move(pairs)) {
+  adopt();
+}
 
 void ParameterSlabs::adopt() {
   const NumericsGuard guard;
@@ -29,12 +31,12 @@ bool ParameterSlabs::bind() {
   if (first.a.device() != a_.device() || first.a.scalar_type() != a_.scalar_type()) {
     for (const LoraPair& pair : pairs_) {  // the whole model was cast or moved
       pair.validate();
-      CTRLORA_CHECK(pair.a.device() == first.a.device() &&
-                        pair.a.scalar_type() == first.a.scalar_type(),
-                    "ctrlora::Engine::step", "pairs '", first.name, "' and '", pair.name,
-                    "' started on one device with one dtype and now differ: ", first.a.device(),
-                    " ", first.a.scalar_type(), " and ", pair.a.device(), " ",
-                    pair.a.scalar_type(), ". Remedy: build a new optimizer.");
+      CTRLORA_CHECK(
+          pair.a.device() == first.a.device() && pair.a.scalar_type() == first.a.scalar_type(),
+          "ctrlora::Engine::step", "pairs '", first.name, "' and '", pair.name,
+          "' started on one device with one dtype and now differ: ", first.a.device(), " ",
+          first.a.scalar_type(), " and ", pair.a.device(), " ", pair.a.scalar_type(),
+          ". Remedy: build a new optimizer.");
     }
     adopt();
     return true;
@@ -46,8 +48,10 @@ bool ParameterSlabs::bind() {
   return false;
 }
 
-void ParameterSlabs::rebind(at::Tensor& param, const at::Tensor& slab, int64_t layer,
-                        const std::string& name) {
+void ParameterSlabs::rebind(at::Tensor& param,
+                            const at::Tensor& slab,
+                            int64_t layer,
+                            const std::string& name) {
   const char* expected = static_cast<const char*>(slab.const_data_ptr()) +
                          layer * slab.stride(0) * slab.element_size();
   if (param.const_data_ptr() == expected) {

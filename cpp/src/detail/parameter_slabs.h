@@ -30,7 +30,9 @@ class ParameterSlabs {
 
  private:
   void adopt();
-  static void rebind(at::Tensor& param, const at::Tensor& slab, int64_t layer,
+  static void rebind(at::Tensor& param,
+                     const at::Tensor& slab,
+                     int64_t layer,
                      const std::string& name);
 
   std::vector<LoraPair> pairs_;

@@ -4,6 +4,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -15,8 +16,8 @@ namespace ctrlora::detail {
 
 namespace {
 
-// Early commits of the gradient proxy may see zero gradients (B = 0): keep starting anew while nothing
-// has entered a factor.
+// Early commits of the gradient proxy may see zero gradients (B = 0): keep starting anew while
+// nothing has entered a factor.
 constexpr int64_t kProxyStarts = 5;
 
 void add_sketch(FactorSketch& sums, const FactorSketch& sketch) {
@@ -31,7 +32,8 @@ void add_sketch(FactorSketch& sums, const FactorSketch& sketch) {
 
 FactorSketch empty_sketch(const LowRankEigen& factor) {
   const at::Tensor none = at::zeros({1}, factor.trace().options());
-  return {at::zeros({1, factor.size(), factor.sketch_rank()}, factor.basis().options()), none, none};
+  return {at::zeros({1, factor.size(), factor.sketch_rank()}, factor.basis().options()), none,
+          none};
 }
 
 FactorSketch concatenate(const std::vector<const FactorSketch*>& parts) {
@@ -44,7 +46,9 @@ FactorSketch concatenate(const std::vector<const FactorSketch*>& parts) {
   return {at::cat(product), at::cat(trace), at::cat(weight)};
 }
 
-FactorSketch select_sketch(const at::Tensor& mask, const FactorSketch& yes, const FactorSketch& no) {
+FactorSketch select_sketch(const at::Tensor& mask,
+                           const FactorSketch& yes,
+                           const FactorSketch& no) {
   return {select_layers(mask, yes.product, no.product), at::where(mask, yes.trace, no.trace),
           at::where(mask, yes.weight, no.weight)};
 }
@@ -64,14 +68,16 @@ int64_t PendingObservations::micro_batch(int64_t layer) const {
   return sums_[static_cast<size_t>(layer)].count;
 }
 
-// A share set must stay within one part of the schedule: only then are its bases refreshed together.
+// A share set must stay within one part of the schedule: only then are its bases refreshed
+// together.
 bool PendingObservations::joins(int64_t layer) const {
   const auto layers = static_cast<int64_t>(sums_.size());
   const auto part = [&](int64_t l) { return l * factor_every_ / layers; };
   return last_.set >= 0 && part(layer) == part(last_.set);
 }
 
-FactorSketch PendingObservations::input_sketch(int64_t layer, const Observation& observation,
+FactorSketch PendingObservations::input_sketch(int64_t layer,
+                                               const Observation& observation,
                                                const at::Tensor& weights,
                                                KroneckerFactors& factors) {
   auto* set = share_set_.data_ptr<int64_t>() + layer;
@@ -98,7 +104,8 @@ FactorSketch PendingObservations::input_sketch(int64_t layer, const Observation&
   return last_.sketch;
 }
 
-void PendingObservations::add(int64_t layer, const Observation& observation,
+void PendingObservations::add(int64_t layer,
+                              const Observation& observation,
                               KroneckerFactors& factors) {
   const std::lock_guard<std::mutex> lock(mutex_);
   LowRankEigen output = factors.output.slice(layer, layer + 1);
@@ -109,7 +116,8 @@ void PendingObservations::add(int64_t layer, const Observation& observation,
   }
   const at::ScalarType dtype = output.basis().scalar_type();
   at::Tensor grads = observation.output_grads.to(dtype);
-  // Rows without a gradient (padding, ignored labels) and rows with non-finite numbers do not count.
+  // Rows without a gradient (padding, ignored labels) and rows with non-finite numbers do not
+  // count.
   const at::Tensor largest = grads.abs().amax(-1);
   const at::Tensor counts = (largest > 0)
                                 .logical_and(at::isfinite(largest))
@@ -123,12 +131,11 @@ void PendingObservations::add(int64_t layer, const Observation& observation,
     output.start_basis(grads, at::ones({1}, grads.options().dtype(at::kBool)), seed_);
   }
   add_sketch(sums.output, output.sketch(grads, weights.unsqueeze(0)));
-  const at::Tensor base =
-      observation.base_square.defined()
-          ? at::where(counts, observation.base_square.to(at::kDouble) * weights,
-                      at::zeros_like(weights))
-                .sum(-1, /*keepdim=*/true)
-          : at::full({1}, -1.0, weights.options());
+  const at::Tensor base = observation.base_square.defined()
+                              ? at::where(counts, observation.base_square.to(at::kDouble) * weights,
+                                          at::zeros_like(weights))
+                                    .sum(-1, /*keepdim=*/true)
+                              : at::full({1}, -1.0, weights.options());
   sums.base_square = sums.base_square.defined() ? sums.base_square + base : base;
   const at::Tensor sequences =
       at::full({1}, static_cast<double>(observation.sequences), weights.options());
@@ -138,7 +145,9 @@ void PendingObservations::add(int64_t layer, const Observation& observation,
   observed_[static_cast<size_t>(layer)] = true;
 }
 
-CurvatureSketch PendingObservations::collect(int64_t begin, int64_t end, int64_t age,
+CurvatureSketch PendingObservations::collect(int64_t begin,
+                                             int64_t end,
+                                             int64_t age,
                                              KroneckerFactors& factors,
                                              const GradientRows& gradient_rows,
                                              const at::Tensor& grad_ok) const {
@@ -146,7 +155,8 @@ CurvatureSketch PendingObservations::collect(int64_t begin, int64_t end, int64_t
   const FactorSketch no_input = empty_sketch(factors.input);
   const FactorSketch no_output = empty_sketch(factors.output);
   std::vector<const FactorSketch*> input, output;
-  std::vector<at::Tensor> base_square, sequences, proxy;
+  std::vector<at::Tensor> base_square, sequences;
+  std::vector<uint8_t> proxy;  // one tensor at the end: no launch per layer
   bool any_proxy = false;
   for (int64_t l = begin; l < end; ++l) {
     const Sums& sums = sums_[static_cast<size_t>(l)];
@@ -157,10 +167,11 @@ CurvatureSketch PendingObservations::collect(int64_t begin, int64_t end, int64_t
     output.push_back(has ? &sums.output : &no_output);
     base_square.push_back(has ? sums.base_square : no_input.weight);
     sequences.push_back(has ? sums.sequences : no_input.weight);
-    proxy.push_back(at::full({1}, needs_proxy, grad_ok.options()));
+    proxy.push_back(needs_proxy ? 1 : 0);
   }
   CurvatureSketch sketch{concatenate(input), concatenate(output), at::cat(base_square),
-                         at::cat(sequences), at::cat(proxy)};
+                         at::cat(sequences),
+                         at::tensor(proxy, at::kByte).to(grad_ok.device(), at::kBool)};
   if (any_proxy) {
     const auto [rows_a, rows_b] = gradient_rows();
     const at::Tensor weights =

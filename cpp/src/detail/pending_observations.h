@@ -30,8 +30,11 @@ class PendingObservations {
   /// The sums of layers [begin, end) as one batch. Layers that were never observed contribute their
   /// gradients (gradient proxy) where `grad_ok` (L) holds. @param factors the same layers' factors.
   /// @param age steps taken so far.
-  [[nodiscard]] CurvatureSketch collect(int64_t begin, int64_t end, int64_t age,
-                                        KroneckerFactors& factors, const GradientRows& gradient_rows,
+  [[nodiscard]] CurvatureSketch collect(int64_t begin,
+                                        int64_t end,
+                                        int64_t age,
+                                        KroneckerFactors& factors,
+                                        const GradientRows& gradient_rows,
                                         const at::Tensor& grad_ok) const;
 
   /// Forgets the sums (a step was taken, or the rows belong to a step that will not be).
@@ -53,8 +56,10 @@ class PendingObservations {
     int64_t set = -1;
     FactorSketch sketch;
   };
-  [[nodiscard]] FactorSketch input_sketch(int64_t layer, const Observation& observation,
-                                          const at::Tensor& weights, KroneckerFactors& factors);
+  [[nodiscard]] FactorSketch input_sketch(int64_t layer,
+                                          const Observation& observation,
+                                          const at::Tensor& weights,
+                                          KroneckerFactors& factors);
   [[nodiscard]] bool joins(int64_t layer) const;
 
   mutable std::mutex mutex_;

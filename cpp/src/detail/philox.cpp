@@ -17,7 +17,9 @@ std::vector<double> philox_uniform(uint64_t seed, uint64_t stream, int64_t count
   return values;
 }
 
-at::Tensor philox_normal(uint64_t seed, uint64_t stream, at::IntArrayRef sizes,
+at::Tensor philox_normal(uint64_t seed,
+                         uint64_t stream,
+                         at::IntArrayRef sizes,
                          const at::TensorOptions& options) {
   at::Tensor normal = at::empty(sizes, at::TensorOptions().dtype(at::kDouble));
   const int64_t count = normal.numel();

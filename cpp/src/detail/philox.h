@@ -12,7 +12,9 @@ namespace ctrlora::detail {
 std::vector<double> philox_uniform(uint64_t seed, uint64_t stream, int64_t count);
 
 /// Standard normal tensor of the given sizes.
-at::Tensor philox_normal(uint64_t seed, uint64_t stream, at::IntArrayRef sizes,
+at::Tensor philox_normal(uint64_t seed,
+                         uint64_t stream,
+                         at::IntArrayRef sizes,
                          const at::TensorOptions& options);
 
 }  // namespace ctrlora::detail

@@ -28,8 +28,13 @@ CTRLORA_INLINE void store(float* to, const V& vector) {
 // ---- x^T y, tall: one vector of y against Group scalars of x per row ----
 
 template <int Lanes, int Group>
-CTRLORA_INLINE void gram_tall_group(const float* x, int64_t x_stride, const float* y,
-                                    int64_t y_stride, int64_t rows, float* out, int64_t out_stride) {
+CTRLORA_INLINE void gram_tall_group(const float* x,
+                                    int64_t x_stride,
+                                    const float* y,
+                                    int64_t y_stride,
+                                    int64_t rows,
+                                    float* out,
+                                    int64_t out_stride) {
   using V = typename Vector<Lanes>::type;
   V sums[Group];
   for (int j = 0; j < Group; ++j) {
@@ -48,8 +53,8 @@ CTRLORA_INLINE void gram_tall_group(const float* x, int64_t x_stride, const floa
 }
 
 template <int Lanes, int Group>
-CTRLORA_INLINE void gram_tall(const TallMatrix& x, const TallMatrix& y, int64_t begin, int64_t end,
-                              float* out) {
+CTRLORA_INLINE void gram_tall(
+    const TallMatrix& x, const TallMatrix& y, int64_t begin, int64_t end, float* out) {
   const int64_t r = y.columns;
   constexpr int64_t kBlock = 128;  // rows that stay in the first cache
   for (int64_t row = begin; row < end; row += kBlock) {
@@ -58,8 +63,8 @@ CTRLORA_INLINE void gram_tall(const TallMatrix& x, const TallMatrix& y, int64_t 
       const float* y_block = y.data + row * y.stride + c;
       int64_t j = 0;
       for (; j + Group <= x.columns; j += Group) {
-        gram_tall_group<Lanes, Group>(x.data + row * x.stride + j, x.stride, y_block, y.stride, rows,
-                                      out + j * r + c, r);
+        gram_tall_group<Lanes, Group>(x.data + row * x.stride + j, x.stride, y_block, y.stride,
+                                      rows, out + j * r + c, r);
       }
       for (; j < x.columns; ++j) {
         gram_tall_group<Lanes, 1>(x.data + row * x.stride + j, x.stride, y_block, y.stride, rows,
@@ -72,9 +77,15 @@ CTRLORA_INLINE void gram_tall(const TallMatrix& x, const TallMatrix& y, int64_t 
 // ---- x^T y, wide: a tile of rows of x against a tile of rows of y ----
 
 template <int Lanes, int Tile>
-CTRLORA_INLINE void gram_wide_tile(const float* x, int64_t x_stride, const float* y,
-                                   int64_t y_stride, int64_t size, float* out, int64_t out_stride,
-                                   int x_count, int y_count) {
+CTRLORA_INLINE void gram_wide_tile(const float* x,
+                                   int64_t x_stride,
+                                   const float* y,
+                                   int64_t y_stride,
+                                   int64_t size,
+                                   float* out,
+                                   int64_t out_stride,
+                                   int x_count,
+                                   int y_count) {
   using V = typename Vector<Lanes>::type;
   const float* x_rows[Tile];
   const float* y_rows[Tile];
@@ -115,19 +126,18 @@ CTRLORA_INLINE void gram_wide_tile(const float* x, int64_t x_stride, const float
 }
 
 template <int Lanes>
-CTRLORA_INLINE void gram_wide(const TallMatrix& x, const TallMatrix& y, int64_t begin, int64_t end,
-                              float* out) {
+CTRLORA_INLINE void gram_wide(
+    const TallMatrix& x, const TallMatrix& y, int64_t begin, int64_t end, float* out) {
   constexpr int kTile = Lanes == 16 ? 4 : 3;  // sums that fit the registers
   constexpr int64_t kBlock = 512;             // 16 rows of it stay in the first cache
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t size = std::min(kBlock, end - i);
     for (int64_t p = 0; p < x.columns; p += kTile) {
       for (int64_t q = 0; q < y.columns; q += kTile) {
-        gram_wide_tile<Lanes, kTile>(
-            x.data + p * x.stride + i, x.stride, y.data + q * y.stride + i, y.stride, size,
-            out + p * y.columns + q, y.columns,
-            static_cast<int>(std::min<int64_t>(kTile, x.columns - p)),
-            static_cast<int>(std::min<int64_t>(kTile, y.columns - q)));
+        gram_wide_tile<Lanes, kTile>(x.data + p * x.stride + i, x.stride, y.data + q * y.stride + i,
+                                     y.stride, size, out + p * y.columns + q, y.columns,
+                                     static_cast<int>(std::min<int64_t>(kTile, x.columns - p)),
+                                     static_cast<int>(std::min<int64_t>(kTile, y.columns - q)));
       }
     }
   }
@@ -135,11 +145,11 @@ CTRLORA_INLINE void gram_wide(const TallMatrix& x, const TallMatrix& y, int64_t 
 
 // ---- terms[0] <- sum of terms @ coefficients ----
 
-// Rows rows from `row` on, into `result` (Rows, r). Stride: that of all terms if known (0: not), so that
-// rows need no pointers of their own.
+// Rows rows from `row` on, into `result` (Rows, r). Stride: that of all terms if known (0: not), so
+// that rows need no pointers of their own.
 template <int Lanes, int Rows, int Stride>
-CTRLORA_INLINE void combine_tall_rows(const TallMatrix* terms, int count, const float* coefficients,
-                                      int64_t row, float* result) {
+CTRLORA_INLINE void combine_tall_rows(
+    const TallMatrix* terms, int count, const float* coefficients, int64_t row, float* result) {
   using V = typename Vector<Lanes>::type;
   const int64_t r = Stride > 0 ? Stride : terms[0].columns;
   for (int64_t c = 0; c < r; c += Lanes) {
@@ -163,8 +173,8 @@ CTRLORA_INLINE void combine_tall_rows(const TallMatrix* terms, int count, const 
 }
 
 template <int Lanes, int Rows, int Stride>
-CTRLORA_INLINE void combine_tall(const TallMatrix* terms, int count, const float* coefficients,
-                                 int64_t begin, int64_t end) {
+CTRLORA_INLINE void combine_tall(
+    const TallMatrix* terms, int count, const float* coefficients, int64_t begin, int64_t end) {
   const int64_t r = terms[0].columns;
   float result[Rows * kMaxCombineColumns];
   const auto write = [&](int64_t row, int64_t rows) {  // only when all of a row's inputs were read
@@ -185,8 +195,8 @@ CTRLORA_INLINE void combine_tall(const TallMatrix* terms, int count, const float
 }
 
 template <int Lanes, int Group>
-CTRLORA_INLINE void combine_wide_columns(const TallMatrix* terms, int count,
-                                         const float* coefficients, int64_t column, float* result) {
+CTRLORA_INLINE void combine_wide_columns(
+    const TallMatrix* terms, int count, const float* coefficients, int64_t column, float* result) {
   using V = typename Vector<Lanes>::type;
   const int64_t r = terms[0].columns;
   for (int64_t first = 0; first < r; first += Group) {
@@ -209,8 +219,8 @@ CTRLORA_INLINE void combine_wide_columns(const TallMatrix* terms, int count,
 }
 
 template <int Lanes>
-CTRLORA_INLINE void combine_wide(const TallMatrix* terms, int count, const float* coefficients,
-                                 int64_t begin, int64_t end) {
+CTRLORA_INLINE void combine_wide(
+    const TallMatrix* terms, int count, const float* coefficients, int64_t begin, int64_t end) {
   const int64_t r = terms[0].columns;
   float result[kMaxCombineColumns * Lanes];
   int64_t column = begin;
@@ -236,8 +246,8 @@ CTRLORA_INLINE void combine_wide(const TallMatrix* terms, int count, const float
 // ---- one body per instruction set, chosen once ----
 
 template <int Lanes>
-CTRLORA_INLINE void gram_body(const TallMatrix& x, const TallMatrix& y, bool wide, int64_t begin,
-                              int64_t end, float* out) {
+CTRLORA_INLINE void gram_body(
+    const TallMatrix& x, const TallMatrix& y, bool wide, int64_t begin, int64_t end, float* out) {
   if (wide) {
     gram_wide<Lanes>(x, y, begin, end, out);
   } else {
@@ -246,8 +256,12 @@ CTRLORA_INLINE void gram_body(const TallMatrix& x, const TallMatrix& y, bool wid
 }
 
 template <int Lanes>
-CTRLORA_INLINE void combine_body(const TallMatrix* terms, int count, bool wide,
-                                 const float* coefficients, int64_t begin, int64_t end) {
+CTRLORA_INLINE void combine_body(const TallMatrix* terms,
+                                 int count,
+                                 bool wide,
+                                 const float* coefficients,
+                                 int64_t begin,
+                                 int64_t end) {
   if (wide) {
     combine_wide<Lanes>(terms, count, coefficients, begin, end);
   } else {
@@ -265,14 +279,14 @@ CTRLORA_INLINE void combine_body(const TallMatrix* terms, int count, bool wide,
 using Gram = void (*)(const TallMatrix&, const TallMatrix&, bool, int64_t, int64_t, float*);
 using Combine = void (*)(const TallMatrix*, int, bool, const float*, int64_t, int64_t);
 
-#define CTRLORA_KERNELS(suffix, lanes, attribute)                                                \
+#define CTRLORA_KERNELS(suffix, lanes, attribute)                                                  \
   attribute void gram_##suffix(const TallMatrix& x, const TallMatrix& y, bool wide, int64_t begin, \
-                               int64_t end, float* out) {                                        \
-    gram_body<lanes>(x, y, wide, begin, end, out);                                               \
-  }                                                                                              \
-  attribute void combine_##suffix(const TallMatrix* terms, int count, bool wide,                 \
-                                  const float* coefficients, int64_t begin, int64_t end) {       \
-    combine_body<lanes>(terms, count, wide, coefficients, begin, end);                           \
+                               int64_t end, float* out) {                                          \
+    gram_body<lanes>(x, y, wide, begin, end, out);                                                 \
+  }                                                                                                \
+  attribute void combine_##suffix(const TallMatrix* terms, int count, bool wide,                   \
+                                  const float* coefficients, int64_t begin, int64_t end) {         \
+    combine_body<lanes>(terms, count, wide, coefficients, begin, end);                             \
   }
 
 CTRLORA_KERNELS(lanes4, 4, )
@@ -307,13 +321,17 @@ Kernels choose(int64_t columns, bool wide) {
 
 }  // namespace
 
-void gram_kernel(const TallMatrix& x, const TallMatrix& y, bool wide, int64_t begin, int64_t end,
-                 float* out) {
+void gram_kernel(
+    const TallMatrix& x, const TallMatrix& y, bool wide, int64_t begin, int64_t end, float* out) {
   choose(y.columns, wide).gram(x, y, wide, begin, end, out);
 }
 
-void combine_kernel(const TallMatrix* terms, int count, bool wide, const float* coefficients,
-                    int64_t begin, int64_t end) {
+void combine_kernel(const TallMatrix* terms,
+                    int count,
+                    bool wide,
+                    const float* coefficients,
+                    int64_t begin,
+                    int64_t end) {
   choose(terms[0].columns, wide).combine(terms, count, wide, coefficients, begin, end);
 }
 

@@ -1,7 +1,9 @@
-// float32 kernels for CPUs: the d-wide passes of a step, register-tiled for 4-, 8- and 16-lane vectors.
+// float32 kernels for CPUs: the d-wide passes of a step, register-tiled for 4-, 8- and 16-lane
+// vectors.
 //
-// MKL's GEMM reaches a tenth of the machine's speed on (16, d) x (d, 16) products; these reach a third and
-// read every slab once. Two layouts: "tall" (d, p) rows contiguous, as B is; "wide" (p, d), as A is.
+// MKL's GEMM reaches a tenth of the machine's speed on (16, d) x (d, 16) products; these reach a
+// third and read every slab once. Two layouts: "tall" (d, p) rows contiguous, as B is; "wide" (p,
+// d), as A is.
 #pragma once
 
 #include <cstdint>
@@ -17,18 +19,24 @@ struct TallMatrix {
 };
 
 /// Whether the kernels take r columns on the vector side: a multiple of 4.
-constexpr bool kernel_takes(int64_t columns) { return columns > 0 && columns % 4 == 0; }
+constexpr bool kernel_takes(int64_t columns) {
+  return columns > 0 && columns % 4 == 0;
+}
 
 /// Most columns that combine_kernel takes: its results wait on the stack.
 inline constexpr int64_t kMaxCombineColumns = 256;
 
 /// out (x.columns, y.columns) += x^T y over rows [begin, end).
-void gram_kernel(const TallMatrix& x, const TallMatrix& y, bool wide, int64_t begin, int64_t end,
-                 float* out);
+void gram_kernel(
+    const TallMatrix& x, const TallMatrix& y, bool wide, int64_t begin, int64_t end, float* out);
 
-/// terms[0] <- sum over t of terms[t] @ coefficients_t over rows [begin, end); the coefficients of all
-/// terms lie below each other, (sum of columns, r).
-void combine_kernel(const TallMatrix* terms, int count, bool wide, const float* coefficients,
-                    int64_t begin, int64_t end);
+/// terms[0] <- sum over t of terms[t] @ coefficients_t over rows [begin, end); the coefficients of
+/// all terms lie below each other, (sum of columns, r).
+void combine_kernel(const TallMatrix* terms,
+                    int count,
+                    bool wide,
+                    const float* coefficients,
+                    int64_t begin,
+                    int64_t end);
 
 }  // namespace ctrlora::detail

@@ -18,7 +18,8 @@ namespace ctrlora::detail {
 
 namespace {
 
-constexpr int64_t kChunk = 1024;  // rows of one task: small enough to balance, large enough to amortise
+constexpr int64_t kChunk =
+    1024;  // rows of one task: small enough to balance, large enough to amortise
 
 // At B = 0 the coefficients of an exactly zero momentum are 1e60: in range for float64 only.
 at::Tensor narrow(const at::Tensor& coefficients, at::ScalarType dtype) {
@@ -40,9 +41,8 @@ Layout layout_of(const at::Tensor& slab) {
 // The common layout of slabs that the CPU kernels take, else kOther.
 Layout common_layout(const std::vector<at::Tensor>& slabs) {
   const Layout layout = layout_of(slabs.front());
-  const bool same = std::all_of(slabs.begin(), slabs.end(), [&](const at::Tensor& slab) {
-    return layout_of(slab) == layout;
-  });
+  const bool same = std::all_of(slabs.begin(), slabs.end(),
+                                [&](const at::Tensor& slab) { return layout_of(slab) == layout; });
   return same ? layout : Layout::kOther;
 }
 
@@ -111,8 +111,8 @@ std::vector<at::Tensor> tall_grams(const std::vector<GramJob>& jobs) {
   const int64_t chunks = (size + kChunk - 1) / kChunk;
   std::vector<at::Tensor> partial;
   for (const GramJob& job : jobs) {
-    partial.push_back(at::zeros({layers, chunks, total_columns(job), job.right.size(2)},
-                                job.right.options()));
+    partial.push_back(
+        at::zeros({layers, chunks, total_columns(job), job.right.size(2)}, job.right.options()));
   }
   at::parallel_for(0, layers * chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
@@ -139,8 +139,12 @@ at::Tensor tall_gram(const at::Tensor& x, const at::Tensor& y) {
   return tall_grams({{{x}, y}}).front();
 }
 
-void tall_combine(const at::Tensor& weight, const at::Tensor& w, const at::Tensor& momentum,
-                  const at::Tensor& m, const at::Tensor& basis, const at::Tensor& u) {
+void tall_combine(const at::Tensor& weight,
+                  const at::Tensor& w,
+                  const at::Tensor& momentum,
+                  const at::Tensor& m,
+                  const at::Tensor& basis,
+                  const at::Tensor& u) {
   const at::ScalarType dtype = momentum.scalar_type();
   const Layout layout = common_layout({weight, momentum, basis});
   if (layout == Layout::kOther || !kernel_takes(weight.size(2)) ||
@@ -177,8 +181,7 @@ at::Tensor stack_defined(const std::vector<at::Tensor>& grads, const at::Tensor&
                                   [](const at::Tensor& grad) { return grad.defined(); });
   const at::IntArrayRef shape = given != grads.end() ? given->sizes() : like.sizes().slice(1);
   for (at::Tensor& grad : present) {
-    grad = grad.defined() ? grad.to(like.scalar_type())
-                          : at::zeros(shape, like.options());
+    grad = grad.defined() ? grad.to(like.scalar_type()) : at::zeros(shape, like.options());
   }
   return at::stack(present);
 }
@@ -192,8 +195,11 @@ bool in_plain_memory(const std::vector<at::Tensor>& grads, const at::Tensor& mom
          });
 }
 
-// Largest squared norm of a gradient whose Grams are in range: beyond it the layer sits out the step.
-double largest_square(at::ScalarType dtype) { return dtype == at::kDouble ? 1e290 : 1e30; }
+// Largest squared norm of a gradient whose Grams are in range: beyond it the layer sits out the
+// step.
+double largest_square(at::ScalarType dtype) {
+  return dtype == at::kDouble ? 1e290 : 1e30;
+}
 
 template <typename T>
 T sum_of_squares(const T* values, int64_t count) {
@@ -236,8 +242,10 @@ at::Tensor finite_gradients(const std::vector<at::Tensor>& grads, const at::Tens
   return finite;
 }
 
-void momentum_step(const std::vector<at::Tensor>& grads, const at::Tensor& ok,
-                   const at::Tensor& momentum, double beta) {
+void momentum_step(const std::vector<at::Tensor>& grads,
+                   const at::Tensor& ok,
+                   const at::Tensor& momentum,
+                   double beta) {
   if (!in_plain_memory(grads, momentum)) {
     const at::Tensor slab = stack_defined(grads, momentum);
     momentum.lerp_(at::where(as_column(ok), slab, momentum), 1.0 - beta);
@@ -263,7 +271,8 @@ void momentum_step(const std::vector<at::Tensor>& grads, const at::Tensor& ok,
   });
 }
 
-at::Tensor stack_gradients(const std::vector<at::Tensor>& grads, const at::Tensor& ok,
+at::Tensor stack_gradients(const std::vector<at::Tensor>& grads,
+                           const at::Tensor& ok,
                            const at::Tensor& like) {
   const at::Tensor slab = stack_defined(grads, like);
   return at::where(as_column(ok), slab, at::zeros({}, slab.options()));

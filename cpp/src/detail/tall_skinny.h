@@ -1,5 +1,5 @@
-// The d-wide passes of a step: Grams of tall slabs and linear combinations of them. These touch every
-// parameter-sized array, so they are the step's cost; everything else is (r, r) or smaller.
+// The d-wide passes of a step: Grams of tall slabs and linear combinations of them. These touch
+// every parameter-sized array, so they are the step's cost; everything else is (r, r) or smaller.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,29 +14,38 @@ struct GramJob {
   at::Tensor right;              // (L, d, q)
 };
 
-/// left_i^T right for all jobs in one pass over d: per job (L, sum of p_i, q) float64. The sums run in
-/// chunks of fixed size, so the result does not depend on the number of threads.
+/// left_i^T right for all jobs in one pass over d: per job (L, sum of p_i, q) float64. The sums run
+/// in chunks of fixed size, so the result does not depend on the number of threads.
 std::vector<at::Tensor> tall_grams(const std::vector<GramJob>& jobs);
 
 /// x^T y for x (L, d, p), y (L, d, q) of any strides: (L, p, q) float64.
 at::Tensor tall_gram(const at::Tensor& x, const at::Tensor& y);
 
-/// W <- W w + M m + U u in place, for W, M (L, d, r), U (L, d, k) of any strides and float64 coefficients
-/// w, m (L, r, r), u (L, k, r). W may be of a narrower dtype than M and U; sums run in theirs.
-void tall_combine(const at::Tensor& weight, const at::Tensor& w, const at::Tensor& momentum,
-                  const at::Tensor& m, const at::Tensor& basis, const at::Tensor& u);
+/// W <- W w + M m + U u in place, for W, M (L, d, r), U (L, d, k) of any strides and float64
+/// coefficients w, m (L, r, r), u (L, k, r). W may be of a narrower dtype than M and U; sums run in
+/// theirs.
+void tall_combine(const at::Tensor& weight,
+                  const at::Tensor& w,
+                  const at::Tensor& momentum,
+                  const at::Tensor& m,
+                  const at::Tensor& basis,
+                  const at::Tensor& u);
 
 /// (L) bool: a layer's gradient holds no NaN or inf and is not so large that its Grams overflow.
 /// Undefined gradients count as finite.
 /// @param momentum the slab that the gradients belong to.
 at::Tensor finite_gradients(const std::vector<at::Tensor>& grads, const at::Tensor& momentum);
 
-/// momentum <- beta momentum + (1 - beta) grads for the layers in `ok` (L) bool; others stay bit for bit.
-void momentum_step(const std::vector<at::Tensor>& grads, const at::Tensor& ok,
-                   const at::Tensor& momentum, double beta);
+/// momentum <- beta momentum + (1 - beta) grads for the layers in `ok` (L) bool; others stay bit
+/// for bit.
+void momentum_step(const std::vector<at::Tensor>& grads,
+                   const at::Tensor& ok,
+                   const at::Tensor& momentum,
+                   double beta);
 
 /// Gradients as one slab like `like`; layers that are not ok, or have none, are zero.
-at::Tensor stack_gradients(const std::vector<at::Tensor>& grads, const at::Tensor& ok,
+at::Tensor stack_gradients(const std::vector<at::Tensor>& grads,
+                           const at::Tensor& ok,
                            const at::Tensor& like);
 
 }  // namespace ctrlora::detail

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 
+#include "detail/small_matrix.h"
 #include "detail/tall_skinny.h"
 
 namespace ctrlora::detail {
@@ -27,7 +28,9 @@ struct NumericsGuard::Guards {
 };
 
 NumericsGuard::NumericsGuard() : guards_(new Guards) {}
-NumericsGuard::~NumericsGuard() { delete guards_; }
+NumericsGuard::~NumericsGuard() {
+  delete guards_;
+}
 
 at::Tensor finite_layers(const at::Tensor& x) {
   // A sum is finite only if every entry is, up to overflow, which counts as not finite.
@@ -40,7 +43,9 @@ at::Tensor select_layers(const at::Tensor& mask, const at::Tensor& yes, const at
   return at::where(mask.view(shape), yes, no);
 }
 
-at::Tensor inner(const at::Tensor& x, const at::Tensor& y) { return (x * y).flatten(1).sum(-1); }
+at::Tensor inner(const at::Tensor& x, const at::Tensor& y) {
+  return (x * y).flatten(1).sum(-1);
+}
 
 namespace {
 
@@ -77,11 +82,12 @@ Cholesky robust_cholesky(const at::Tensor& gram, double eps) {
   return {select_layers(ok, factor, identity), ok};
 }
 
-at::Tensor cholesky_inverse(const at::Tensor& factor) { return at::cholesky_inverse(factor); }
+at::Tensor cholesky_inverse(const at::Tensor& factor) {
+  return at::cholesky_inverse(factor);
+}
 
 Eigh symmetric_eigh(const at::Tensor& matrix) {
-  const at::Tensor safe =
-      select_layers(finite_layers(matrix), matrix, identity_like(matrix));
+  const at::Tensor safe = select_layers(finite_layers(matrix), matrix, identity_like(matrix));
   auto [values, vectors] = at::linalg_eigh((safe + safe.mT()) * 0.5);
   return {values, vectors};
 }
@@ -102,7 +108,7 @@ Orthonormal orthonormalize(const at::Tensor& columns) {
         scale.unsqueeze(-1) *
         at::linalg_solve_triangular(cholesky.factor, identity_like(gram), /*upper=*/false).mT();
     basis = at::bmm(basis, step.to(basis.scalar_type()));
-    transform = at::bmm(transform, step);
+    transform = small_bmm(transform, step);
     ok = pass == 0 ? cholesky.ok : ok.logical_and(cholesky.ok);
   }
   return {basis, transform, ok};

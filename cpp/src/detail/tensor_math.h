@@ -26,7 +26,9 @@ at::Tensor finite_layers(const at::Tensor& x);
 at::Tensor select_layers(const at::Tensor& mask, const at::Tensor& yes, const at::Tensor& no);
 
 /// (L) reshaped to broadcast over a (L, ., .) tensor.
-inline at::Tensor as_column(const at::Tensor& x) { return x.unsqueeze(-1).unsqueeze(-1); }
+inline at::Tensor as_column(const at::Tensor& x) {
+  return x.unsqueeze(-1).unsqueeze(-1);
+}
 
 /// Sum of x * y over all but the layer dimension.
 at::Tensor inner(const at::Tensor& x, const at::Tensor& y);
@@ -36,8 +38,8 @@ struct Cholesky {
   at::Tensor ok;      // (L) bool; elsewhere factor = I
 };
 
-/// Cholesky of a symmetric matrix with the ladder of cpp/README.md, section 6: plain, then with relative
-/// jitter 10, 100, 1000 times `eps` on the diagonal. Non-finite input comes out as not ok.
+/// Cholesky of a symmetric matrix with the ladder of cpp/README.md, section 6: plain, then with
+/// relative jitter 10, 100, 1000 times `eps` on the diagonal. Non-finite input comes out as not ok.
 Cholesky robust_cholesky(const at::Tensor& gram, double eps);
 
 /// Inverse from a lower Cholesky factor.
@@ -48,7 +50,8 @@ struct Eigh {
   at::Tensor vectors;  // (L, r, r)
 };
 
-/// Symmetric eigendecomposition; layers with non-finite input are decomposed as I (mask beforehand).
+/// Symmetric eigendecomposition; layers with non-finite input are decomposed as I (mask
+/// beforehand).
 Eigh symmetric_eigh(const at::Tensor& matrix);
 
 struct Orthonormal {
@@ -57,7 +60,8 @@ struct Orthonormal {
   at::Tensor ok;         // (L) bool
 };
 
-/// CholeskyQR2 with column scaling (Yamamoto et al. 2015): two passes, each one Gram and one product.
+/// CholeskyQR2 with column scaling (Yamamoto et al. 2015): two passes, each one Gram and one
+/// product.
 Orthonormal orthonormalize(const at::Tensor& columns);
 
 }  // namespace ctrlora::detail

@@ -1,0 +1,88 @@
+"""Steps to AdamW's best final loss on the demo's job: target 0.6 of AdamW's, three seeds.
+
+    python bench/python/bench_convergence.py [--seeds 0 1 2] [--steps 120] [--out FILE]
+
+A seed sets the adapters' initial values and the batches; the base model is the demo's. AdamW gets
+its best learning rate from a sweep for each seed, CTROptimizer keeps its default.
+"step_ratio": where CTROptimizer's curve first falls to AdamW's best loss, on the same schedule.
+"short_schedule": a run of its own over 0.6 of the steps, learning rate decayed to 0 by then.
+Losses and steps do not depend on the machine's load; seconds do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import record
+
+from pyctrlora.demo.job import Job, gpt_job
+from pyctrlora.demo.pretrain import Pretraining, default_cache, load_or_pretrain
+from pyctrlora.demo.report import as_json
+from pyctrlora.demo.train import CTR, Settings, compare, fine_tune
+
+TARGET = 0.6
+
+
+def one_seed(job: Job, settings: Settings) -> dict[str, Any]:
+    """The comparison of one seed and the run over a short schedule."""
+    print(f"seed {settings.seed}", flush=True)
+    result = compare(job, settings)
+    goal = result.adamw.final_loss
+    fewer = dataclasses.replace(settings, steps=round(TARGET * settings.steps))
+    short, _ = fine_tune(job, fewer, CTR, settings.lr)
+    content = as_json(job, result)
+    del content["machine"]  # record() tells it once
+    content["short_schedule"] = {
+        "steps": fewer.steps,
+        "final_loss": short.final_loss,
+        "reaches": short.final_loss <= goal,
+    }
+    print(
+        f"  AdamW {goal:.3f} (lr {result.adamw.lr:g}), CTROptimizer {result.ctr.final_loss:.3f}, "
+        f"step ratio {result.step_ratio}, {fewer.steps} steps {short.final_loss:.3f}",
+        flush=True,
+    )
+    return content
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--batch", type=int, default=Settings.batch)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    base = load_or_pretrain(Pretraining(), options.cache)
+    job = gpt_job(base, options.rank)
+    seeds = [
+        one_seed(job, Settings(steps=options.steps, batch=options.batch, seed=seed))
+        for seed in options.seeds
+    ]
+    ratios = [seed["step_ratio"] for seed in seeds]
+    reached = [ratio for ratio in ratios if ratio is not None]
+    summary = {
+        "target": TARGET,
+        "step_ratios": ratios,
+        "worst": max(reached) if len(reached) == len(ratios) else None,
+        "median": statistics.median(reached) if reached else None,
+        "short_schedule_reaches": [seed["short_schedule"]["reaches"] for seed in seeds],
+        "adamw_final_losses": [seed["adamw_final_loss"] for seed in seeds],
+        "ctr_final_losses": [seed["ctr_final_loss"] for seed in seeds],
+        "pretraining": {"code_loss": base.code_loss, "seconds": base.seconds},
+        "rank": options.rank,
+    }
+    record("convergence", {"summary": summary, "seeds": seeds}, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""
+C++ engine of pyctrlora. Use the classes of the package instead.
+"""
+
+from __future__ import annotations
+import collections.abc
+import torch
+import typing
+
+__all__: list[str] = [
+    "BUILT_WITH_TORCH",
+    "Capture",
+    "Engine",
+    "FactorSketch",
+    "GaugeMap",
+    "GroupSettings",
+    "LoraPair",
+    "LowRankEigen",
+    "ObservationSlot",
+    "Options",
+    "STATE_VERSION",
+    "TrustRegionSolution",
+    "TrustRegionSubproblem",
+    "VERSION",
+    "balance",
+    "find_pair",
+    "find_slot",
+    "lora_delta",
+    "lora_linear",
+    "register_pair",
+    "unregister_pair",
+]
+
+class Options:
+    """
+    Settings shared by all layers of one engine.
+    """
+
+    loss_reduction: str
+    maximize: bool
+    step_length: str
+    def __init__(self) -> None: ...
+    def validate(self) -> None: ...
+    @property
+    def balance_every(self) -> int: ...
+    @balance_every.setter
+    def balance_every(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def beta1(self) -> float: ...
+    @beta1.setter
+    def beta1(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def damping(self) -> float: ...
+    @damping.setter
+    def damping(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def dense_limit(self) -> int: ...
+    @dense_limit.setter
+    def dense_limit(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def factor_beta(self) -> float: ...
+    @factor_beta.setter
+    def factor_beta(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def factor_every(self) -> int: ...
+    @factor_every.setter
+    def factor_every(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def factor_warmup_steps(self) -> int: ...
+    @factor_warmup_steps.setter
+    def factor_warmup_steps(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def fallback_lr(self) -> float: ...
+    @fallback_lr.setter
+    def fallback_lr(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def gram_floor(self) -> float: ...
+    @gram_floor.setter
+    def gram_floor(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def kl_radius(self) -> float: ...
+    @kl_radius.setter
+    def kl_radius(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def loss_scale(self) -> float: ...
+    @loss_scale.setter
+    def loss_scale(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def loss_terms(self) -> int: ...
+    @loss_terms.setter
+    def loss_terms(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def max_misses(self) -> int: ...
+    @max_misses.setter
+    def max_misses(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def rms_beta(self) -> float: ...
+    @rms_beta.setter
+    def rms_beta(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def sample_rows(self) -> int: ...
+    @sample_rows.setter
+    def sample_rows(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def seed(self) -> int: ...
+    @seed.setter
+    def seed(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def sketch_rank(self) -> int: ...
+    @sketch_rank.setter
+    def sketch_rank(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def whitening(self) -> float: ...
+    @whitening.setter
+    def whitening(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+
+class GroupSettings:
+    """
+    Settings of one parameter group at one step.
+    """
+    def __init__(
+        self,
+        lr: typing.SupportsFloat | typing.SupportsIndex,
+        initial_lr: typing.SupportsFloat | typing.SupportsIndex,
+        weight_decay: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        beta1: typing.SupportsFloat | typing.SupportsIndex = 0.9,
+        beta2: typing.SupportsFloat | typing.SupportsIndex = 0.999,
+        eps: typing.SupportsFloat | typing.SupportsIndex = 1e-08,
+    ) -> None: ...
+    @property
+    def beta1(self) -> float: ...
+    @beta1.setter
+    def beta1(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def beta2(self) -> float: ...
+    @beta2.setter
+    def beta2(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def eps(self) -> float: ...
+    @eps.setter
+    def eps(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def initial_lr(self) -> float: ...
+    @initial_lr.setter
+    def initial_lr(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def lr(self) -> float: ...
+    @lr.setter
+    def lr(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @weight_decay.setter
+    def weight_decay(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+
+class LoraPair:
+    """
+    One adapter: W = W0 + scaling * b @ a.
+    """
+    def __init__(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: typing.SupportsFloat | typing.SupportsIndex,
+        name: str,
+    ) -> None: ...
+    def validate(self) -> None: ...
+    @property
+    def a(self) -> torch.Tensor:
+        """
+        (r, n)
+        """
+    @property
+    def b(self) -> torch.Tensor:
+        """
+        (m, r)
+        """
+    @property
+    def name(self) -> str: ...
+    @property
+    def scaling(self) -> float: ...
+
+class Capture:
+    """
+    A forward waiting for its backward.
+    """
+    def complete(self, output_grad: torch.Tensor) -> None: ...
+
+class ObservationSlot:
+    """
+    One layer's channel to the engine.
+    """
+    def capture(self, inputs: torch.Tensor, base_output: torch.Tensor | None) -> Capture: ...
+    @property
+    def observations(self) -> int: ...
+    @property
+    def wanted(self) -> bool: ...
+
+class FactorSketch:
+    """
+    Sums over rows that one batch adds to a factor.
+    """
+    @property
+    def product(self) -> torch.Tensor:
+        """
+        (L, d, k)
+        """
+    @property
+    def trace(self) -> torch.Tensor:
+        """
+        (L)
+        """
+    @property
+    def weight(self) -> torch.Tensor:
+        """
+        (L)
+        """
+
+class LowRankEigen:
+    """
+    U diag(e) U^T + rho (I - U U^T) per layer.
+    """
+    def __init__(
+        self,
+        layers: typing.SupportsInt | typing.SupportsIndex,
+        size: typing.SupportsInt | typing.SupportsIndex,
+        sketch_rank: typing.SupportsInt | typing.SupportsIndex,
+        like: torch.Tensor,
+    ) -> None: ...
+    def apply_power(
+        self,
+        v: torch.Tensor,
+        exponent: typing.SupportsFloat | typing.SupportsIndex,
+        damping: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> torch.Tensor: ...
+    def captured_share(self) -> torch.Tensor: ...
+    def sketch(self, rows: torch.Tensor, row_weights: torch.Tensor) -> FactorSketch: ...
+    def start_basis(
+        self,
+        rows: torch.Tensor,
+        where: torch.Tensor,
+        seed: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def tail(self) -> torch.Tensor: ...
+    def to_dense(self) -> torch.Tensor: ...
+    def update(
+        self, sketch: FactorSketch, keep: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor: ...
+    @property
+    def basis(self) -> torch.Tensor: ...
+    @property
+    def eigenvalues(self) -> torch.Tensor: ...
+    @property
+    def trace(self) -> torch.Tensor: ...
+
+class TrustRegionSolution:
+    @property
+    def iterations(self) -> torch.Tensor:
+        """
+        (L)
+        """
+    @property
+    def model_decrease(self) -> torch.Tensor:
+        """
+        (L)
+        """
+    @property
+    def multiplier(self) -> torch.Tensor:
+        """
+        (L)
+        """
+    @property
+    def step(self) -> torch.Tensor:
+        """
+        (L, m, n)
+        """
+
+class TrustRegionSubproblem:
+    """
+    min <G, D> + 1/2 <D, S D Omega> s.t. |D|_F <= radius
+    """
+    def __init__(
+        self,
+        gradient: torch.Tensor,
+        output_eigenvalues: torch.Tensor,
+        input_eigenvalues: torch.Tensor,
+    ) -> None: ...
+    def solve(
+        self,
+        radius: torch.Tensor,
+        tolerance: typing.SupportsFloat | typing.SupportsIndex = 1e-12,
+        max_iterations: typing.SupportsInt | typing.SupportsIndex = 50,
+    ) -> TrustRegionSolution: ...
+
+class GaugeMap:
+    """
+    A <- map A, B <- B inverse.
+    """
+    @property
+    def inverse(self) -> torch.Tensor:
+        """
+        (L, r, r)
+        """
+    @property
+    def map(self) -> torch.Tensor:
+        """
+        (L, r, r)
+        """
+    @property
+    def ok(self) -> torch.Tensor:
+        """
+        (L)
+        """
+    @property
+    def sigma(self) -> torch.Tensor:
+        """
+        (L, r)
+        """
+
+class Engine:
+    """
+    All layers, one step.
+    """
+    def __init__(self, options: Options) -> None: ...
+    def add_fallback(
+        self,
+        params: collections.abc.Sequence[torch.Tensor],
+        group: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def add_pairs(
+        self,
+        pairs: collections.abc.Sequence[LoraPair],
+        group: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def drop_observations(self) -> None: ...
+    def load(self, tensors: collections.abc.Mapping[str, torch.Tensor]) -> None: ...
+    def metrics(self) -> dict[str, float]: ...
+    def named_tensors(self) -> dict[str, torch.Tensor]: ...
+    def retired(self) -> list[str]: ...
+    def set_loss_scale(self, loss_scale: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    def state_bytes(self) -> int: ...
+    def step(self, settings: collections.abc.Sequence[GroupSettings]) -> None: ...
+    def steps(self) -> int: ...
+
+def balance(gram_b: torch.Tensor, gram_a: torch.Tensor) -> GaugeMap: ...
+def find_pair(tensor: torch.Tensor) -> LoraPair | None: ...
+def find_slot(tensor: torch.Tensor) -> ObservationSlot: ...
+def lora_delta(
+    inputs: torch.Tensor,
+    base_output: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: typing.SupportsFloat | typing.SupportsIndex,
+    slot: ObservationSlot,
+) -> torch.Tensor: ...
+def lora_linear(
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: typing.SupportsFloat | typing.SupportsIndex,
+    slot: ObservationSlot,
+    transposed: bool,
+) -> torch.Tensor: ...
+def register_pair(pair: LoraPair) -> ObservationSlot: ...
+def unregister_pair(tensor: torch.Tensor) -> None: ...
+
+BUILT_WITH_TORCH: str = "2.13.0"
+STATE_VERSION: int = 1
+VERSION: str = "0.1.0"

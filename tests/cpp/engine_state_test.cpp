@@ -1,0 +1,175 @@
+// Engine: failures of layers, saving and loading.
+#include <cmath>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ctrlora/engine.h"
+#include "ctrlora/version.h"
+#include "engine_model.h"
+
+namespace {
+
+using ctrlora::Engine;
+using ctrlora::GroupSettings;
+using ctrlora::LoraPair;
+using ctrlora::Options;
+using problems::adamw;
+using problems::contains;
+using problems::copy_of;
+using problems::error;
+using problems::error_of;
+using problems::Model;
+using problems::randn;
+using problems::same;
+using problems::same_bits;
+using problems::State;
+using problems::Warnings;
+
+}  // namespace
+
+TEST_CASE(
+    "a layer whose Gram has no Cholesky factor sits out; after max_misses AdamW takes it over") {
+  at::manual_seed(3);
+  Options options;
+  options.whitening = 1.0;
+  options.factor_warmup_steps = 1;
+  options.factor_every = 100;
+  options.balance_every = 4;
+  options.max_misses = 3;
+  Model own(3, options);
+  const GroupSettings settings{.lr = 0.05, .initial_lr = 0.1, .weight_decay = 0.1};
+  const auto step = [&] {
+    own.random_gradients();
+    own.engine.step({settings});
+  };
+  step();
+  own.state("group0.output.eigenvalues").select(0, 1).fill_(-5.0);  // S indefinite: so is P
+  const std::vector<at::Tensor> before = own.parameters();
+  Warnings warnings;
+  for (int64_t miss = 1; miss <= 3; ++miss) {
+    CHECK(own.engine.retired().empty());
+    step();
+    CHECK(same_bits(own.state("group0.misses"),
+                    at::tensor({int64_t{0}, miss, int64_t{0}}, at::kLong)));
+    if (miss < 3) {  // the gradient was there: decoupled decay stays
+      CHECK(error(own.pairs[1].a.detach(), before[2] * std::pow(0.995, miss)) < 1e-14);
+      CHECK(error(own.pairs[0].a.detach(), before[0] * std::pow(0.995, miss)) > 1e-4);
+    }
+  }
+  CHECK(own.engine.retired() == std::vector<std::string>{"layer 1"});
+  CHECK(warnings.text ==
+        "[ctrlora::Engine] layer 'layer 1' failed 3 times in a row; AdamW trains it from now on.");
+  at::Tensor b = before[3] * std::pow(0.995, 3), m = at::zeros_like(b), v = at::zeros_like(b);
+  for (int t = 1; t <= 4; ++t) {  // from that step on, at fallback_lr on the pairs' schedule
+    adamw(b, m, v, own.pairs[1].b.grad(), t, {.lr = 1e-3 * 0.5, .weight_decay = 0.1});
+    CHECK(error(own.pairs[1].b.detach(), b) < 1e-13);
+    step();
+  }
+  CHECK(own.engine.metrics().at("retired") == 1.0);
+
+  Model fresh(3, options);  // a new process resumes the run
+  fresh.engine.load(copy_of(own.engine));
+  CHECK(fresh.engine.retired() == std::vector<std::string>{"layer 1"});
+  CHECK(same(copy_of(fresh.engine), copy_of(own.engine)));
+}
+
+TEST_CASE("a run that was saved and loaded goes on bit for bit") {
+  Options options;
+  options.sketch_rank = 3;
+  options.sample_rows = 8;  // the sampler's draws must resume too
+  options.balance_every = 3;
+  for (const int64_t saved_at : {0, 1, 5}) {
+    at::manual_seed(4);
+    Model first(4, options), second(4, options);
+    const at::Tensor head = randn({3}).requires_grad_(), twin = randn({3}).requires_grad_();
+    first.engine.add_fallback({head}, 0);
+    second.engine.add_fallback({twin}, 0);
+    const auto run = [](Model& own, const at::Tensor& own_head, int steps, uint64_t seed) {
+      at::manual_seed(seed);
+      for (int step = 0; step < steps; ++step) {
+        own.backward();
+        own_head.mutable_grad() = randn({3});
+        own.engine.step({GroupSettings{}});
+      }
+    };
+    run(first, head, static_cast<int>(saved_at), 5);
+    run(second, twin, 2, 6);  // had a life of its own
+    const std::vector<at::Tensor> saved = first.parameters();
+    for (size_t l = 0; l < 4; ++l) {
+      second.pairs[l].a.detach().copy_(saved[2 * l]);
+      second.pairs[l].b.detach().copy_(saved[2 * l + 1]);
+    }
+    twin.detach().copy_(head.detach());
+    second.engine.load(copy_of(first.engine));
+    CHECK(second.engine.steps() == saved_at);
+    run(first, head, 7, 7);
+    run(second, twin, 7, 7);
+    for (size_t i = 0; i < saved.size(); ++i) {
+      CHECK(same_bits(first.parameters()[i], second.parameters()[i]));
+    }
+    CHECK(same_bits(head.detach(), twin.detach()));
+    CHECK(same(copy_of(first.engine), copy_of(second.engine)));
+  }
+}
+
+TEST_CASE("a state of other layers is refused with every difference, before any change") {
+  at::manual_seed(5);
+  Model own(2);
+  own.backward();
+  own.engine.step({GroupSettings{}});
+  const State good = copy_of(own.engine);
+  const auto message = [&](const State& state) {
+    const std::string text = error_of([&] { own.engine.load(state); });
+    CHECK(same(copy_of(own.engine), good));
+    CHECK(own.engine.retired().empty());
+    return text;
+  };
+  State bad = good;
+  bad.erase("group0.rms_weight");
+  bad["group7.seen"] = at::zeros({1});
+  bad["group0.momentum_a"] = at::zeros({3, 2, 6});
+  bad["group0.active"] = at::zeros({2}, at::kBool);
+  const std::string text = message(bad);
+  CHECK(contains(text,
+                 "[ctrlora::Engine::load] the state belongs to another set of layers or other"));
+  CHECK(contains(text, "\n  missing group0.rms_weight"));
+  CHECK(contains(text, "\n  unexpected group7.seen"));
+  CHECK(contains(text, "\n  group0.momentum_a: expected [2, 2, 6]; got [3, 2, 6]"));
+  bad = good;
+  bad["version"] = at::full({1}, ctrlora::kStateVersion + 1, at::kLong);
+  CHECK(
+      contains(message(bad), c10::str("expected state of format version ", ctrlora::kStateVersion,
+                                      "; got ", ctrlora::kStateVersion + 1, ". Remedy: load it")));
+  CHECK(contains(message({}), "; got none."));
+}
+
+TEST_CASE("a state saved before a layer was ever observed resumes with a fresh basis") {
+  for (const bool wide : {false, true}) {  // which of the two bases is complete
+    at::manual_seed(6);
+    const int64_t m = wide ? 9 : 3, n = wide ? 3 : 9;
+    Options options;
+    options.sketch_rank = 4;
+    const auto layer = [&](Engine& engine, const LoraPair& pair) {
+      engine.add_pairs({pair}, 0);
+      return ctrlora::find_slot(pair.a);
+    };
+    const LoraPair first = problems::make_pair(m, n, 2), second = problems::make_pair(m, n, 2);
+    ctrlora::register_pair(first);
+    ctrlora::register_pair(second);
+    Engine saved(options), resumed(options);
+    layer(saved, first);
+    const auto slot = layer(resumed, second);
+    resumed.load(copy_of(saved));
+    slot->capture(randn({20, n}), randn({20, m}))->complete(randn({20, m}));
+    second.a.mutable_grad() = randn({2, n});
+    second.b.mutable_grad() = randn({m, 2});
+    const at::Tensor before = second.b.detach().clone();
+    resumed.step({GroupSettings{}});
+    CHECK(resumed.metrics().at("misses") == 0.0);
+    CHECK(resumed.metrics().at("captured_input") > 0.1);
+    CHECK(resumed.metrics().at("captured_output") > 0.1);
+    CHECK_FALSE(same_bits(second.b.detach(), before));
+  }
+}
