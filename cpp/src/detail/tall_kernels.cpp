@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 namespace ctrlora::detail {
 
@@ -11,18 +12,20 @@ namespace {
 
 template <int Lanes>
 struct Vector {
+  // Aligned and aliased like its floats, so that any address will do.
   // NOLINTNEXTLINE(modernize-use-using): the attribute needs a typedef
-  typedef float type __attribute__((vector_size(Lanes * sizeof(float))));
+  typedef float type
+      __attribute__((vector_size(Lanes * sizeof(float)), aligned(sizeof(float)), may_alias));
 };
 
 template <typename V>
 CTRLORA_INLINE void load(V& vector, const float* from) {
-  std::memcpy(&vector, from, sizeof(V));
+  vector = *reinterpret_cast<const V*>(from);
 }
 
 template <typename V>
 CTRLORA_INLINE void store(float* to, const V& vector) {
-  std::memcpy(to, &vector, sizeof(V));
+  *reinterpret_cast<V*>(to) = vector;
 }
 
 // ---- x^T y, tall: one vector of y against Group scalars of x per row ----
@@ -76,51 +79,63 @@ CTRLORA_INLINE void gram_tall(
 
 // ---- x^T y, wide: a tile of rows of x against a tile of rows of y ----
 
-template <int Lanes, int Tile>
-CTRLORA_INLINE void gram_wide_tile(const float* x,
-                                   int64_t x_stride,
-                                   const float* y,
-                                   int64_t y_stride,
-                                   int64_t size,
-                                   float* out,
-                                   int64_t out_stride,
-                                   int x_count,
-                                   int y_count) {
+constexpr int64_t kWideBlock = 128;  // columns of a packed block
+constexpr int64_t kWideRows =
+    16;  // rows of a packed block: 8 KB, so that two and their sums stay in cache
+
+// Rows of A lie a power of two apart, where they evict each other: a block is copied together
+// first. Rows and columns past the end are zero.
+template <int Lanes>
+CTRLORA_INLINE void pack_wide(
+    const TallMatrix& matrix, int64_t row, int64_t column, int64_t end, float* block) {
   using V = typename Vector<Lanes>::type;
-  const float* x_rows[Tile];
-  const float* y_rows[Tile];
-  for (int j = 0; j < Tile; ++j) {  // rows past the end repeat the last one; their sums are dropped
-    x_rows[j] = x + std::min(j, x_count - 1) * x_stride;
-    y_rows[j] = y + std::min(j, y_count - 1) * y_stride;
-  }
-  V sums[Tile][Tile] = {};
+  const int64_t size = std::min(kWideBlock, end - column);
   const int64_t whole = size - size % Lanes;
-  for (int64_t i = 0; i < whole; i += Lanes) {
-    V right[Tile];
-    for (int q = 0; q < Tile; ++q) {
-      load(right[q], y_rows[q] + i);
+  for (int64_t j = 0; j < kWideRows; ++j, block += kWideBlock) {
+    const bool valid = row + j < matrix.columns;
+    const float* from = matrix.data + (valid ? row + j : row) * matrix.stride + column;
+    int64_t i = 0;
+    for (; valid && i < whole; i += Lanes) {
+      V vector;
+      load(vector, from + i);
+      store(block + i, vector);
     }
-    for (int p = 0; p < Tile; ++p) {
-      V left;
-      load(left, x_rows[p] + i);
-      for (int q = 0; q < Tile; ++q) {
-        sums[p][q] += left * right[q];
-      }
+    for (; i < kWideBlock; ++i) {
+      block[i] = valid && i < size ? from[i] : 0.0F;
     }
   }
-  for (int p = 0; p < x_count; ++p) {
-    for (int q = 0; q < y_count; ++q) {
-      float lanes[Lanes];
-      store(lanes, sums[p][q]);
-      for (int half = Lanes / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) {
-          lanes[lane] += lanes[lane + half];
+}
+
+// Adds the products of two packed blocks to (kWideRows, kWideRows) sums of vectors.
+template <int Lanes, int Tile>
+CTRLORA_INLINE void gram_packed(const float* x, const float* y, float* sums) {
+  using V = typename Vector<Lanes>::type;
+  for (int64_t p = 0; p < kWideRows; p += Tile) {
+    for (int64_t q = 0; q < kWideRows; q += Tile) {
+      V tile[Tile][Tile];
+      for (int i = 0; i < Tile; ++i) {
+        for (int j = 0; j < Tile; ++j) {
+          load(tile[i][j], sums + ((p + i) * kWideRows + q + j) * Lanes);
         }
       }
-      for (int64_t i = whole; i < size; ++i) {
-        lanes[0] += x_rows[p][i] * y_rows[q][i];
+      for (int64_t c = 0; c < kWideBlock; c += Lanes) {
+        V right[Tile];
+        for (int j = 0; j < Tile; ++j) {
+          load(right[j], y + (q + j) * kWideBlock + c);
+        }
+        for (int i = 0; i < Tile; ++i) {
+          V left;
+          load(left, x + (p + i) * kWideBlock + c);
+          for (int j = 0; j < Tile; ++j) {
+            tile[i][j] += left * right[j];
+          }
+        }
       }
-      out[p * out_stride + q] += lanes[0];
+      for (int i = 0; i < Tile; ++i) {
+        for (int j = 0; j < Tile; ++j) {
+          store(sums + ((p + i) * kWideRows + q + j) * Lanes, tile[i][j]);
+        }
+      }
     }
   }
 }
@@ -128,16 +143,27 @@ CTRLORA_INLINE void gram_wide_tile(const float* x,
 template <int Lanes>
 CTRLORA_INLINE void gram_wide(
     const TallMatrix& x, const TallMatrix& y, int64_t begin, int64_t end, float* out) {
-  constexpr int kTile = Lanes == 16 ? 4 : 3;  // sums that fit the registers
-  constexpr int64_t kBlock = 512;             // 16 rows of it stay in the first cache
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t size = std::min(kBlock, end - i);
-    for (int64_t p = 0; p < x.columns; p += kTile) {
-      for (int64_t q = 0; q < y.columns; q += kTile) {
-        gram_wide_tile<Lanes, kTile>(x.data + p * x.stride + i, x.stride, y.data + q * y.stride + i,
-                                     y.stride, size, out + p * y.columns + q, y.columns,
-                                     static_cast<int>(std::min<int64_t>(kTile, x.columns - p)),
-                                     static_cast<int>(std::min<int64_t>(kTile, y.columns - q)));
+  constexpr int kTile = Lanes == 16 ? 4 : 2;  // sums that fit the registers
+  alignas(64) float x_block[kWideRows * kWideBlock];
+  alignas(64) float y_block[kWideRows * kWideBlock];
+  alignas(64) float sums[kWideRows * kWideRows * Lanes];
+  for (int64_t p = 0; p < x.columns; p += kWideRows) {
+    for (int64_t q = 0; q < y.columns; q += kWideRows) {
+      std::fill(std::begin(sums), std::end(sums), 0.0F);
+      for (int64_t column = begin; column < end; column += kWideBlock) {
+        pack_wide<Lanes>(x, p, column, end, x_block);
+        pack_wide<Lanes>(y, q, column, end, y_block);
+        gram_packed<Lanes, kTile>(x_block, y_block, sums);
+      }
+      for (int64_t i = 0; i < std::min(kWideRows, x.columns - p); ++i) {
+        for (int64_t j = 0; j < std::min(kWideRows, y.columns - q); ++j) {
+          const float* lanes = sums + (i * kWideRows + j) * Lanes;
+          float sum = 0;
+          for (int lane = 0; lane < Lanes; ++lane) {
+            sum += lanes[lane];
+          }
+          out[(p + i) * y.columns + q + j] += sum;
+        }
       }
     }
   }
@@ -207,6 +233,8 @@ CTRLORA_INLINE void combine_wide_columns(
       for (int64_t s = 0; s < terms[t].columns; ++s, weights += r) {
         V value;
         load(value, base + s * terms[t].stride);
+        // Too many rows for the hardware's own prefetching.
+        __builtin_prefetch(base + s * terms[t].stride + 4 * Lanes);
         for (int i = 0; i < Group; ++i) {
           sums[i] += weights[i] * value;
         }
@@ -241,6 +269,37 @@ CTRLORA_INLINE void combine_wide(
       terms[0].data[i * terms[0].stride + column] = result[i];
     }
   }
+}
+
+// ---- elementwise ----
+
+CTRLORA_INLINE void lerp_body(float* momentum, const float* grad, int64_t count, float step) {
+  for (int64_t i = 0; i < count; ++i) {
+    momentum[i] += step * (grad[i] - momentum[i]);
+  }
+}
+
+CTRLORA_INLINE float squares_body(const float* values, int64_t count) {
+  using V = Vector<16>::type;
+  V sums[4] = {};  // independent chains hide the latency
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) {
+    for (int j = 0; j < 4; ++j) {
+      V value;
+      load(value, values + i + 16 * j);
+      sums[j] += value * value;
+    }
+  }
+  float lanes[64];
+  std::memcpy(lanes, sums, sizeof(lanes));
+  float sum = 0;
+  for (const float lane : lanes) {
+    sum += lane;
+  }
+  for (; i < count; ++i) {
+    sum += values[i] * values[i];
+  }
+  return sum;
 }
 
 // ---- one body per instruction set, chosen once ----
@@ -278,6 +337,8 @@ CTRLORA_INLINE void combine_body(const TallMatrix* terms,
 
 using Gram = void (*)(const TallMatrix&, const TallMatrix&, bool, int64_t, int64_t, float*);
 using Combine = void (*)(const TallMatrix*, int, bool, const float*, int64_t, int64_t);
+using Lerp = void (*)(float*, const float*, int64_t, float);
+using Squares = float (*)(const float*, int64_t);
 
 #define CTRLORA_KERNELS(suffix, lanes, attribute)                                                  \
   attribute void gram_##suffix(const TallMatrix& x, const TallMatrix& y, bool wide, int64_t begin, \
@@ -287,6 +348,12 @@ using Combine = void (*)(const TallMatrix*, int, bool, const float*, int64_t, in
   attribute void combine_##suffix(const TallMatrix* terms, int count, bool wide,                   \
                                   const float* coefficients, int64_t begin, int64_t end) {         \
     combine_body<lanes>(terms, count, wide, coefficients, begin, end);                             \
+  }                                                                                                \
+  attribute void lerp_##suffix(float* momentum, const float* grad, int64_t count, float step) {    \
+    lerp_body(momentum, grad, count, step);                                                        \
+  }                                                                                                \
+  attribute float squares_##suffix(const float* values, int64_t count) {                           \
+    return squares_body(values, count);                                                            \
   }
 
 CTRLORA_KERNELS(lanes4, 4, )
@@ -299,6 +366,8 @@ CTRLORA_KERNELS(lanes16_avx512, 16, __attribute__((target("avx512f,fma"))))
 struct Kernels {
   Gram gram;
   Combine combine;
+  Lerp lerp;
+  Squares squares;
 };
 
 // `wide` vectors run along d, so any number of columns takes the widest ones.
@@ -307,16 +376,17 @@ Kernels choose(int64_t columns, bool wide) {
   static const bool has_avx512 = __builtin_cpu_supports("avx512f");
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_avx512 && (wide || columns % 16 == 0)) {
-    return {gram_lanes16_avx512, combine_lanes16_avx512};
+    return {gram_lanes16_avx512, combine_lanes16_avx512, lerp_lanes16_avx512,
+            squares_lanes16_avx512};
   }
   if (has_avx2 && (wide || columns % 8 == 0)) {
-    return {gram_lanes8_avx2, combine_lanes8_avx2};
+    return {gram_lanes8_avx2, combine_lanes8_avx2, lerp_lanes8_avx2, squares_lanes8_avx2};
   }
   if (has_avx2) {
-    return {gram_lanes4_avx2, combine_lanes4_avx2};
+    return {gram_lanes4_avx2, combine_lanes4_avx2, lerp_lanes4_avx2, squares_lanes4_avx2};
   }
 #endif
-  return {gram_lanes4, combine_lanes4};
+  return {gram_lanes4, combine_lanes4, lerp_lanes4, squares_lanes4};
 }
 
 }  // namespace
@@ -333,6 +403,14 @@ void combine_kernel(const TallMatrix* terms,
                     int64_t begin,
                     int64_t end) {
   choose(terms[0].columns, wide).combine(terms, count, wide, coefficients, begin, end);
+}
+
+void lerp_kernel(float* momentum, const float* grad, int64_t count, float step) {
+  choose(16, /*wide=*/false).lerp(momentum, grad, count, step);
+}
+
+float squares_kernel(const float* values, int64_t count) {
+  return choose(16, /*wide=*/false).squares(values, count);
 }
 
 }  // namespace ctrlora::detail

@@ -201,23 +201,26 @@ double largest_square(at::ScalarType dtype) {
   return dtype == at::kDouble ? 1e290 : 1e30;
 }
 
-template <typename T>
-T sum_of_squares(const T* values, int64_t count) {
-  T sums[16] = {};  // independent sums, which the compiler vectorises
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    for (int j = 0; j < 16; ++j) {
-      sums[j] += values[i + j] * values[i + j];
-    }
-  }
-  T sum = 0;
-  for (; i < count; ++i) {
+double sum_of_squares(const double* values, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
     sum += values[i] * values[i];
   }
-  for (const T part : sums) {
-    sum += part;
-  }
   return sum;
+}
+
+float sum_of_squares(const float* values, int64_t count) {
+  return squares_kernel(values, count);
+}
+
+void lerp(double* momentum, const double* grad, int64_t count, double step) {
+  for (int64_t i = 0; i < count; ++i) {
+    momentum[i] += step * (grad[i] - momentum[i]);
+  }
+}
+
+void lerp(float* momentum, const float* grad, int64_t count, float step) {
+  lerp_kernel(momentum, grad, count, step);
 }
 
 }  // namespace
@@ -262,10 +265,7 @@ void momentum_step(const std::vector<at::Tensor>& grads,
           continue;
         }
         const auto* grad = grads[static_cast<size_t>(l)].const_data_ptr<scalar_t>();
-        auto* row = slab + l * size;
-        for (int64_t i = 0; i < size; ++i) {
-          row[i] += step * (grad[i] - row[i]);
-        }
+        lerp(slab + l * size, grad, size, step);
       }
     });
   });
