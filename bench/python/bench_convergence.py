@@ -28,6 +28,13 @@ from pyctrlora.demo.train import CTR, Settings, compare, fine_tune
 TARGET = 0.6
 
 
+def brief(run: dict[str, Any]) -> None:
+    """Replaces a run's lists of one number a step by their medians."""
+    del run["train_losses"]
+    for name in ("step_seconds", "optimizer_seconds"):
+        run[name] = statistics.median(run[name])
+
+
 def one_seed(job: Job, settings: Settings) -> dict[str, Any]:
     """The comparison of one seed and the run over a short schedule."""
     print(f"seed {settings.seed}", flush=True)
@@ -37,6 +44,8 @@ def one_seed(job: Job, settings: Settings) -> dict[str, Any]:
     short, _ = fine_tune(job, fewer, CTR, settings.lr)
     content = as_json(job, result)
     del content["machine"]  # record() tells it once
+    for run in content["runs"]:
+        brief(run)
     content["short_schedule"] = {
         "steps": fewer.steps,
         "final_loss": short.final_loss,

@@ -2,9 +2,9 @@
 
     python bench/python/bench_step.py [--rounds 40] [--threads 2] [--out FILE]
 
-`step()` alone: 56 pairs of a 7B model's shapes, r = k = 16, gradients given. "plain" is a step on which
-nothing was observed; "mixed" runs the default schedule, a third of the layers observed before each step
-(the sketching of the rows belongs to backward and is timed in the training step below).
+`step()` alone: 56 pairs of a 7B model's shapes, r = k = 16, gradients given. "plain" is a step on
+which nothing was observed; "mixed" runs the default schedule, a third of the layers observed before
+each step (the sketching of the rows belongs to backward and is timed in the training step below).
 Training step: a GPT of width 512 with 8 layers, PEFT's LoRA r = 8 on all linears, 16 x 128 tokens.
 Figures are medians of ratios within one run; absolute times of a shared machine mean nothing.
 """

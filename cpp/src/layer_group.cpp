@@ -31,8 +31,8 @@ at::ScalarType statistics_dtype(const at::Tensor& param) {
 }
 
 // One EMA step with its weight: biased sum and the sum of its coefficients.
-void ema(at::Tensor value,
-         at::Tensor weight,
+void ema(const at::Tensor& value,
+         const at::Tensor& weight,
          const at::Tensor& sample,
          const at::Tensor& live,
          double beta) {

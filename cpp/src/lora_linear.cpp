@@ -31,7 +31,7 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
                             const std::optional<at::Tensor>& frozen_weight,
                             const std::optional<at::Tensor>& base_or_bias,
                             double scaling,
-                            std::shared_ptr<ObservationSlot> slot) {
+                            const std::shared_ptr<ObservationSlot>& slot) {
     const at::Tensor weight = frozen_weight.value_or(at::Tensor());
     const at::Tensor base = weight.defined() ? at::Tensor() : *base_or_bias;
     const at::ScalarType dtype = inputs.scalar_type();

@@ -50,7 +50,7 @@ at::Tensor RowSampler::rows_of(const at::Tensor& inputs,
                     last_.source._unsafe_get_target() == inputs.unsafeGetTensorImpl() &&
                     last_.version == inputs._version() && last_.index.is_same(rows);
   if (!same) {
-    last_ = {WeakTensor(inputs.getIntrusivePtr()), static_cast<int64_t>(inputs._version()), rows,
+    last_ = {WeakTensor(inputs.getIntrusivePtr()), inputs._version(), rows,
              rows.defined() ? flat.index_select(0, rows) : flat.clone()};
   }
   return last_.rows;

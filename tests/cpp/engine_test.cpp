@@ -3,6 +3,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -126,6 +127,18 @@ TEST_CASE("a group whose lr is 0 stays as it is, bit for bit, and its rows are d
   }
 }
 
+TEST_CASE("rows gathered for a step with lr 0 never enter the factors") {
+  at::manual_seed(3);
+  Model own(1);
+  own.backward();
+  own.engine.step({GroupSettings{.lr = 0.0}});
+  own.random_gradients();
+  const at::Tensor x = randn({30, kIn});
+  own.slots[0]->capture(x, {})->complete(randn({30, kOut}));
+  own.engine.step({GroupSettings{}});
+  CHECK(error(own.state("group0.input.trace"), x.square().sum().view({1}) / 30) < 1e-13);
+}
+
 TEST_CASE("other parameters are trained by AdamW; a bad gradient skips the step of the list") {
   at::manual_seed(6);
   Engine engine{Options{}};
@@ -218,28 +231,42 @@ TEST_CASE("from B = 0 a step of length radius changes the output by lr |W0|, exa
 }
 
 TEST_CASE("the Fisher ball bounds the predicted KL of all layers together") {
-  double free_kl = 0.0;
   for (const double radius : {std::numeric_limits<double>::infinity(), 1e-3}) {
     at::manual_seed(9);
     Options options;
     options.kl_radius = radius;
     Model own(3, options);
     own.backward();
-    const GroupSettings settings{.lr = 0.05, .initial_lr = 0.1};
-    own.engine.step({settings});
-    const std::map<std::string, double> metrics = own.engine.metrics();
-    if (std::isinf(radius)) {
-      free_kl = metrics.at("predicted_kl");
-      CHECK(free_kl > 1e-3);
-      CHECK(metrics.at("kl_shrink") == 1.0);
-    } else {
-      CHECK(metrics.at("predicted_kl") == doctest::Approx(free_kl).epsilon(1e-12));
-      CHECK(metrics.at("kl_radius") == doctest::Approx(1e-3 * 0.25));  // (lr / initial lr)^2
-      // KL is a quadratic to first order, so this is not far from the root of the ratio.
-      CHECK(metrics.at("kl_shrink") < 1.5 * std::sqrt(1e-3 * 0.25 / free_kl));
-      CHECK(metrics.at("kl_shrink") > 0.0);
+    const std::vector<at::Tensor> before = own.parameters();
+    own.engine.step({GroupSettings{.lr = 0.05, .initial_lr = 0.1}});
+    const auto factor = [&](const std::string& side, size_t l) {  // complete bases
+      const at::Tensor u = own.state("group0." + side + ".basis")[static_cast<int64_t>(l)];
+      const at::Tensor e = own.state("group0." + side + ".eigenvalues")[static_cast<int64_t>(l)];
+      return at::matmul(u * e, u.t());
+    };
+    double kl = 0.0, largest = 0.0;
+    for (size_t l = 0; l < 3; ++l) {
+      const at::Tensor change =
+          1.5 * (at::matmul(own.pairs[l].b.detach(), own.pairs[l].a.detach()) -
+                 at::matmul(before[2 * l + 1], before[2 * l]));
+      const at::Tensor square = at::matmul(change, at::matmul(factor("input", l), change.t()));
+      kl += 0.5 * (square * factor("output", l)).sum().item<double>();
+      const at::Tensor base = own.state("group0.base_square")[static_cast<int64_t>(l)];
+      largest = std::max(largest, std::sqrt((square.trace() / base).item<double>()));
     }
+    const std::map<std::string, double> metrics = own.engine.metrics();
+    CHECK(metrics.at("output_change_max") == doctest::Approx(largest).epsilon(1e-9));
     CHECK(metrics.at("predicted_decrease") > 0.0);
+    if (std::isinf(radius)) {
+      CHECK(metrics.at("kl_shrink") == 1.0);
+      CHECK(metrics.at("predicted_kl") == doctest::Approx(kl).epsilon(1e-9));
+      CHECK(kl > 1e-3);
+      CHECK(largest == doctest::Approx(0.05).epsilon(1e-9));  // the balls of the outputs are full
+    } else {                                                  // kl_radius (lr / initial lr)^2
+      CHECK(kl == doctest::Approx(1e-3 * 0.25).epsilon(1e-9));
+      CHECK(metrics.at("kl_radius") == doctest::Approx(1e-3 * 0.25));
+      CHECK(metrics.at("kl_shrink") < 1.0);
+    }
   }
 }
 

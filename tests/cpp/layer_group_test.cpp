@@ -382,3 +382,20 @@ TEST_CASE("failed layers are taken out once and stand still from then on") {
   CHECK_FALSE(same_bits(own.pairs[0].b.detach(), other));
   CHECK_FALSE(own.slots[1]->wanted());
 }
+
+TEST_CASE(
+    "the gauge is balanced after the first step and every balance_every steps, BA untouched") {
+  at::manual_seed(11);
+  Options options = exact();
+  options.balance_every = 3;
+  options.whitening = 0.0;  // the Grams are B'B and AA'
+  Layers own(2, options);
+  for (int64_t t = 1; t <= 7; ++t) {
+    own.random_gradients();
+    own.step();
+    for (const LoraPair& pair : own.pairs) {
+      const at::Tensor p = outer(pair.b.detach()), q = outer(pair.a.detach().t());
+      CHECK((error(p, q) < 1e-10) == (t == 1 || t % 3 == 0));
+    }
+  }
+}

@@ -218,6 +218,12 @@ TEST_CASE("one repeated row, fewer rows than the basis, and rows of zeros surviv
   CHECK(same_layer(factor, before, 0));
   CHECK(same_layer(factor, before, 1));
 
+  // Rounding must not leave a negative eigenvalue in a complete basis either.
+  LowRankEigen complete = started(randn({2, 3, 24}), 24);
+  enter(complete, randn({2, 3, 24}), 0.0);
+  CHECK((complete.eigenvalues() >= 0).all().item<bool>());
+  CHECK(complete.power(0.5, 0.0).diag.isfinite().all().item<bool>());
+
   LowRankEigen from_zeros = started(at::zeros({2, 5, 24}, at::kDouble), 4);
   CHECK(orthonormality(from_zeros) < 1e-12);
   CHECK_FALSE(enter(from_zeros, v.expand({2, 5, 24}), 0.0).any().item<bool>());

@@ -20,7 +20,7 @@ def test_quick_start(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "14 LoRA pairs" in done.stdout
     loss = float(re.search(r" (\d+\.\d+) \{", done.stdout).group(1))
-    assert loss < 4.5  # log 256 = 5.55 at the start
+    assert loss < 5.2  # log 256 = 5.55 at the start
 
 
 def test_links_and_pictures_exist():

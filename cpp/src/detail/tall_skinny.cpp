@@ -98,6 +98,7 @@ std::vector<at::Tensor> tall_grams(const std::vector<GramJob>& jobs) {
   if (layout == Layout::kOther) {
     for (const GramJob& job : jobs) {
       std::vector<at::Tensor> parts;
+      parts.reserve(job.left.size());
       for (const at::Tensor& left : job.left) {
         parts.push_back(at::bmm(left.mT(), job.right));
       }
@@ -110,6 +111,7 @@ std::vector<at::Tensor> tall_grams(const std::vector<GramJob>& jobs) {
   const int64_t size = jobs.front().right.size(1);
   const int64_t chunks = (size + kChunk - 1) / kChunk;
   std::vector<at::Tensor> partial;
+  partial.reserve(jobs.size());
   for (const GramJob& job : jobs) {
     partial.push_back(
         at::zeros({layers, chunks, total_columns(job), job.right.size(2)}, job.right.options()));
@@ -129,6 +131,7 @@ std::vector<at::Tensor> tall_grams(const std::vector<GramJob>& jobs) {
       }
     }
   });
+  out.reserve(partial.size());
   for (const at::Tensor& sums : partial) {
     out.push_back(sum_chunks(sums));
   }
