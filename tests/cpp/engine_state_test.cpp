@@ -173,3 +173,20 @@ TEST_CASE("a state saved before a layer was ever observed resumes with a fresh b
     CHECK_FALSE(same_bits(second.b.detach(), before));
   }
 }
+
+TEST_CASE("a rank above the inputs' size has no tangent step: AdamW trains that pair") {
+  at::manual_seed(12);
+  Warnings warnings;
+  Engine engine{Options{}};
+  const LoraPair pair = problems::make_pair(6, 3, 4);
+  engine.add_pairs({pair}, 0);
+  CHECK(warnings.text ==
+        "[ctrlora::Engine] layer 'layer' has rank 4 but only 3 inputs; AdamW trains it.");
+  CHECK(engine.retired() == std::vector<std::string>{"layer"});
+  at::Tensor b = pair.b.detach().clone(), m = at::zeros_like(b), v = at::zeros_like(b);
+  pair.a.mutable_grad() = randn({4, 3});
+  pair.b.mutable_grad() = randn({6, 4});
+  engine.step({GroupSettings{}});
+  adamw(b, m, v, pair.b.grad(), 1, {.lr = 1e-3});
+  CHECK(error(pair.b.detach(), b) < 1e-13);
+}

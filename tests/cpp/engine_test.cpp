@@ -30,7 +30,6 @@ using problems::randn;
 using problems::same;
 using problems::same_bits;
 using problems::State;
-using problems::Warnings;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kIn = Model::kIn, kOut = Model::kOut, kRank = Model::kRank;
@@ -336,23 +335,6 @@ TEST_CASE("a pair given twice, and settings that are missing, are refused by nam
   own.engine.add_pairs({problems::make_pair(kOut, kIn, kRank)}, 2);
   CHECK(contains(error_of([&] { own.engine.step({GroupSettings{}, GroupSettings{}}); }),
                  "[ctrlora::Engine::step] expected settings for every parameter group; got 2."));
-}
-
-TEST_CASE("a rank above the inputs' size has no tangent step: AdamW trains that pair") {
-  at::manual_seed(12);
-  Warnings warnings;
-  Engine engine{Options{}};
-  const LoraPair pair = problems::make_pair(6, 3, 4);
-  engine.add_pairs({pair}, 0);
-  CHECK(warnings.text ==
-        "[ctrlora::Engine] layer 'layer' has rank 4 but only 3 inputs; AdamW trains it.");
-  CHECK(engine.retired() == std::vector<std::string>{"layer"});
-  at::Tensor b = pair.b.detach().clone(), m = at::zeros_like(b), v = at::zeros_like(b);
-  pair.a.mutable_grad() = randn({4, 3});
-  pair.b.mutable_grad() = randn({6, 4});
-  engine.step({GroupSettings{}});
-  adamw(b, m, v, pair.b.grad(), 1, {.lr = 1e-3});
-  CHECK(error(pair.b.detach(), b) < 1e-13);
 }
 
 TEST_CASE("metrics are finite from the start, and count the state's bytes") {

@@ -90,7 +90,7 @@ at::Tensor small_bmm(const at::Tensor& x, const at::Tensor& y) {
   if (!x.is_cpu() || x.scalar_type() != at::kDouble) {
     return at::bmm(x, y);
   }
-  static const Product kProduct = choose();
+  static const Product multiply = choose();
   const at::Tensor left = x.contiguous();
   const at::Tensor right = y.contiguous();
   const int64_t p = x.size(1);
@@ -101,7 +101,7 @@ at::Tensor small_bmm(const at::Tensor& x, const at::Tensor& y) {
   const auto* from_right = right.const_data_ptr<double>();
   auto* to = out.data_ptr<double>();
   for (int64_t l = 0; l < x.size(0); ++l) {
-    kProduct(from_left + l * p * q, from_right + l * q * s, to + l * p * s, p, q, s);
+    multiply(from_left + l * p * q, from_right + l * q * s, to + l * p * s, p, q, s);
   }
   return out;
 }
