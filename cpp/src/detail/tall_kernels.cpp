@@ -4,6 +4,8 @@
 #include <cstring>
 #include <iterator>
 
+#include "detail/vector.h"
+
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC would make `rep movsq` of the register tiles' loads: a third of the kernels' time.
 #pragma GCC optimize("no-tree-loop-distribute-patterns")
@@ -12,29 +14,6 @@
 namespace ctrlora::detail {
 
 namespace {
-
-#define CTRLORA_INLINE inline __attribute__((always_inline))
-
-template <int Lanes>
-struct Vector {
-  // NOLINTNEXTLINE(modernize-use-using): the attribute needs a typedef
-  typedef float type __attribute__((vector_size(Lanes * sizeof(float))));
-};
-
-// In memory a vector is aligned and aliased like its floats, so that any address will do.
-template <typename V>
-CTRLORA_INLINE void load(V& vector, const float* from) {
-  // NOLINTNEXTLINE(modernize-use-using): the attribute needs a typedef
-  typedef float Loose __attribute__((vector_size(sizeof(V)), aligned(sizeof(float)), may_alias));
-  vector = *reinterpret_cast<const Loose*>(from);
-}
-
-template <typename V>
-CTRLORA_INLINE void store(float* to, const V& vector) {
-  // NOLINTNEXTLINE(modernize-use-using): the attribute needs a typedef
-  typedef float Loose __attribute__((vector_size(sizeof(V)), aligned(sizeof(float)), may_alias));
-  *reinterpret_cast<Loose*>(to) = vector;
-}
 
 // ---- x^T y, tall: one vector of y against Group scalars of x per row ----
 
@@ -279,37 +258,6 @@ CTRLORA_INLINE void combine_wide(
   }
 }
 
-// ---- elementwise ----
-
-CTRLORA_INLINE void lerp_body(float* momentum, const float* grad, int64_t count, float step) {
-  for (int64_t i = 0; i < count; ++i) {
-    momentum[i] += step * (grad[i] - momentum[i]);
-  }
-}
-
-CTRLORA_INLINE float squares_body(const float* values, int64_t count) {
-  using V = Vector<16>::type;
-  V sums[4] = {};  // independent chains hide the latency
-  int64_t i = 0;
-  for (; i + 64 <= count; i += 64) {
-    for (int64_t j = 0; j < 4; ++j) {
-      V value;
-      load(value, values + i + 16 * j);
-      sums[j] += value * value;
-    }
-  }
-  float lanes[64];
-  std::memcpy(lanes, sums, sizeof(lanes));
-  float sum = 0;
-  for (const float lane : lanes) {
-    sum += lane;
-  }
-  for (; i < count; ++i) {
-    sum += values[i] * values[i];
-  }
-  return sum;
-}
-
 // ---- one body per instruction set, chosen once ----
 
 template <int Lanes>
@@ -345,8 +293,6 @@ CTRLORA_INLINE void combine_body(const TallMatrix* terms,
 
 using Gram = void (*)(const TallMatrix&, const TallMatrix&, bool, int64_t, int64_t, float*);
 using Combine = void (*)(const TallMatrix*, int, bool, const float*, int64_t, int64_t);
-using Lerp = void (*)(float*, const float*, int64_t, float);
-using Squares = float (*)(const float*, int64_t);
 
 // NOLINTBEGIN(bugprone-macro-parentheses): an attribute cannot stand in parentheses
 #define CTRLORA_KERNELS(suffix, lanes, attribute)                                                  \
@@ -357,12 +303,6 @@ using Squares = float (*)(const float*, int64_t);
   attribute void combine_##suffix(const TallMatrix* terms, int count, bool wide,                   \
                                   const float* coefficients, int64_t begin, int64_t end) {         \
     combine_body<lanes>(terms, count, wide, coefficients, begin, end);                             \
-  }                                                                                                \
-  attribute void lerp_##suffix(float* momentum, const float* grad, int64_t count, float step) {    \
-    lerp_body(momentum, grad, count, step);                                                        \
-  }                                                                                                \
-  attribute float squares_##suffix(const float* values, int64_t count) {                           \
-    return squares_body(values, count);                                                            \
   }
 
 // NOLINTEND(bugprone-macro-parentheses)
@@ -377,8 +317,6 @@ CTRLORA_KERNELS(lanes16_avx512, 16, __attribute__((target("avx512f,fma"))))
 struct Kernels {
   Gram gram;
   Combine combine;
-  Lerp lerp;
-  Squares squares;
 };
 
 // `wide` vectors run along d, so any number of columns takes the widest ones.
@@ -387,17 +325,16 @@ Kernels choose(int64_t columns, bool wide) {
   static const bool has_avx512 = __builtin_cpu_supports("avx512f");
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_avx512 && (wide || columns % 16 == 0)) {
-    return {gram_lanes16_avx512, combine_lanes16_avx512, lerp_lanes16_avx512,
-            squares_lanes16_avx512};
+    return {gram_lanes16_avx512, combine_lanes16_avx512};
   }
   if (has_avx2 && (wide || columns % 8 == 0)) {
-    return {gram_lanes8_avx2, combine_lanes8_avx2, lerp_lanes8_avx2, squares_lanes8_avx2};
+    return {gram_lanes8_avx2, combine_lanes8_avx2};
   }
   if (has_avx2) {
-    return {gram_lanes4_avx2, combine_lanes4_avx2, lerp_lanes4_avx2, squares_lanes4_avx2};
+    return {gram_lanes4_avx2, combine_lanes4_avx2};
   }
 #endif
-  return {gram_lanes4, combine_lanes4, lerp_lanes4, squares_lanes4};
+  return {gram_lanes4, combine_lanes4};
 }
 
 }  // namespace
@@ -414,14 +351,6 @@ void combine_kernel(const TallMatrix* terms,
                     int64_t begin,
                     int64_t end) {
   choose(terms[0].columns, wide).combine(terms, count, wide, coefficients, begin, end);
-}
-
-void lerp_kernel(float* momentum, const float* grad, int64_t count, float step) {
-  choose(16, /*wide=*/false).lerp(momentum, grad, count, step);
-}
-
-float squares_kernel(const float* values, int64_t count) {
-  return choose(16, /*wide=*/false).squares(values, count);
 }
 
 }  // namespace ctrlora::detail

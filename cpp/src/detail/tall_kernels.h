@@ -39,10 +39,4 @@ void combine_kernel(const TallMatrix* terms,
                     int64_t begin,
                     int64_t end);
 
-/// momentum <- momentum + step (grad - momentum).
-void lerp_kernel(float* momentum, const float* grad, int64_t count, float step);
-
-/// Sum of squares.
-float squares_kernel(const float* values, int64_t count);
-
 }  // namespace ctrlora::detail

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "detail/elementwise_kernels.h"
 #include "detail/tall_kernels.h"
 #include "detail/tensor_math.h"
 
