@@ -185,7 +185,11 @@ at::Tensor stack_defined(const std::vector<at::Tensor>& grads, const at::Tensor&
                                   [](const at::Tensor& grad) { return grad.defined(); });
   const at::IntArrayRef shape = given != grads.end() ? given->sizes() : like.sizes().slice(1);
   for (at::Tensor& grad : present) {
-    grad = grad.defined() ? grad.to(like.scalar_type()) : at::zeros(shape, like.options());
+    if (!grad.defined()) {
+      grad = at::zeros(shape, like.options());
+    } else if (grad.scalar_type() != like.scalar_type()) {
+      grad = grad.to(like.scalar_type());
+    }
   }
   return at::stack(present);
 }
