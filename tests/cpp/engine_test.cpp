@@ -205,6 +205,16 @@ TEST_CASE("parameters without gradients stand still, uncounted, without decay") 
   CHECK_FALSE(same_bits(after[0], before[0]));
   CHECK(own.engine.metrics().at("skipped") == 0.0);
   CHECK(own.engine.steps() == 2);
+
+  Model zero(2);
+  for (const LoraPair& pair : zero.pairs) {
+    pair.a.mutable_grad() = at::zeros_like(pair.a);
+    pair.b.mutable_grad() = at::zeros_like(pair.b);
+  }
+  const std::vector<at::Tensor> start = zero.parameters();
+  zero.engine.step({GroupSettings{}});
+  CHECK(error(zero.parameters()[1], start[1]) < 1.0);
+  CHECK(zero.engine.metrics().at("misses") == 0.0);
 }
 
 TEST_CASE("from B = 0 a step of length radius changes the output by lr |W0|, exactly") {
