@@ -1,11 +1,7 @@
 #include "ctrlora/engine.h"
 
-#include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,40 +13,16 @@
 #include "ctrlora/version.h"
 #include "detail/check.h"
 #include "detail/fallback.h"
+#include "detail/rank_space.h"
 #include "detail/tensor_math.h"
 
 namespace ctrlora {
 
-/// One group that takes part in this step, with its settings and what it would do.
-struct Engine::Move {
-  LayerGroup* group;
-  const GroupSettings* settings;
-  Proposal proposal;
-};
-
-// Half the quartics' sum at the lengths found so far, as one quartic in the common factor phi.
-Quartic Engine::predicted_kl(const std::vector<Move>& moves) {
-  std::vector<at::Tensor> c2, c3, c4;
-  for (const Move& move : moves) {
-    const at::Tensor& f = move.proposal.length;
-    const at::Tensor counted = move.proposal.ok.logical_and(move.group->factors().absolute);
-    const Quartic& norm = move.proposal.fisher_norm;
-    const auto half = [&](const at::Tensor& c, int power) {
-      return at::where(counted, 0.5 * c * f.pow(power), at::zeros({}, f.options())).to(at::kDouble);
-    };
-    const at::Device home = moves.front().proposal.length.device();
-    c2.push_back(half(norm.c2, 2).to(home));
-    c3.push_back(half(norm.c3, 3).to(home));
-    c4.push_back(half(norm.c4, 4).to(home));
-  }
-  return {at::cat(c2).sum(0, true), at::cat(c3).sum(0, true), at::cat(c4).sum(0, true)};
-}
-
 struct Engine::StepReport {
   at::Tensor predicted_kl;  // (1) before the Fisher ball
   at::Tensor shrink;        // (1) phi
-  std::vector<at::Tensor> relative_change, predicted_decrease;
   double kl_radius = 0.0;
+  std::vector<detail::RankSpace> spaces;  // with their proposals; read by metrics() alone
 };
 
 Engine::Engine(const Options& options)
@@ -107,8 +79,7 @@ void Engine::add_fallback(const std::vector<at::Tensor>& params, int64_t group) 
 void Engine::step(const std::vector<GroupSettings>& settings) {
   const detail::NumericsGuard guard;
   const std::vector<const GroupSettings*> by_group = checked(settings);
-  std::vector<Move> moves;
-  double ratio = 0.0;
+  std::vector<detail::RankSpace> spaces;
   for (const auto& group : groups_) {
     const GroupSettings& own = *by_group[static_cast<size_t>(group->group())];
     if (own.lr == 0.0) {
@@ -119,14 +90,16 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
     group->update_momentum();
     side_stream_.submit([&] { group->commit_observations(); });
     side_stream_.join();
-    moves.push_back({group.get(), &own, group->propose(own)});
-    ratio = std::max(ratio, own.initial_lr > 0.0 ? std::min(1.0, own.lr / own.initial_lr) : 1.0);
+    detail::RankSpace::sort_in(spaces, group, own);
   }
-  if (!moves.empty()) {
-    const at::Tensor shrink = fisher_ball(moves, ratio);
-    for (const Move& move : moves) {
-      move.group->apply(move.proposal, shrink, *move.settings);
-      move.group->finish();
+  for (detail::RankSpace& space : spaces) {
+    space.propose(options_);
+  }
+  if (!spaces.empty()) {
+    report_->spaces = std::move(spaces);
+    fisher_ball();
+    for (const detail::RankSpace& space : report_->spaces) {
+      space.apply(report_->shrink);
     }
     ++steps_;
     sampler_->set_step(steps_);
@@ -141,8 +114,16 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
   }
 }
 
-at::Tensor Engine::fisher_ball(const std::vector<Move>& moves, double ratio) {
-  const Quartic kl = predicted_kl(moves);
+// One phi <= 1 for all layers: half the sum of the quartics at the lengths found so far, as one
+// quartic in phi.
+void Engine::fisher_ball() {
+  std::vector<Quartic> parts;
+  double ratio = 0.0;
+  for (const detail::RankSpace& space : report_->spaces) {
+    parts.push_back(space.predicted_kl());
+    ratio = std::max(ratio, space.schedule());
+  }
+  const Quartic kl = Quartic::sum(parts);
   const at::Tensor one = at::ones({1}, kl.c2.options());
   report_->kl_radius = options_.kl_radius * ratio * ratio;
   report_->predicted_kl = kl(one);
@@ -150,18 +131,6 @@ at::Tensor Engine::fisher_ball(const std::vector<Move>& moves, double ratio) {
       std::isinf(options_.kl_radius)
           ? one
           : inside_ball(kl, at::full({1}, std::sqrt(report_->kl_radius), one.options()), one);
-  report_->relative_change.clear();
-  report_->predicted_decrease.clear();
-  for (const Move& move : moves) {
-    const Proposal& proposal = move.proposal;
-    const at::Tensor f = proposal.length * report_->shrink.to(proposal.length.device());
-    const at::Tensor base = proposal.radius / move.settings->lr;
-    report_->relative_change.push_back(at::where(
-        proposal.ok, proposal.output_norm(f).clamp_min(0).sqrt() / base, at::zeros_like(f)));
-    report_->predicted_decrease.push_back(
-        at::where(proposal.ok, proposal.step.predicted_decrease * f, at::zeros_like(f)));
-  }
-  return report_->shrink;
 }
 
 std::vector<const GroupSettings*> Engine::checked(
@@ -256,10 +225,11 @@ std::map<std::string, double> Engine::metrics() const {
     double decrease = 0.0;
     double mean = 0.0;
     double largest = 0.0;
-    for (size_t i = 0; i < report_->relative_change.size(); ++i) {
-      decrease += report_->predicted_decrease[i].sum().item<double>();
-      mean += report_->relative_change[i].sum().item<double>();
-      largest = std::max(largest, report_->relative_change[i].max().item<double>());
+    for (const detail::RankSpace& space : report_->spaces) {
+      const detail::RankSpace::Change change = space.change(report_->shrink);
+      decrease += change.predicted_decrease.sum().item<double>();
+      mean += change.relative_output.sum().item<double>();
+      largest = std::max(largest, change.relative_output.max().item<double>());
     }
     out["predicted_decrease"] = decrease;
     out["output_change_mean"] = layers > 0 ? mean / static_cast<double>(layers) : 0.0;

@@ -30,6 +30,10 @@ at::ScalarType statistics_dtype(const at::Tensor& param) {
   return param.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// Steps in which every layer's Grams are measured anew: rounding of carried ones stays at that of
+// eight steps, for an eighth of two products a step.
+constexpr int64_t kGramsEvery = 8;
+
 // One EMA step with its weight: biased sum and the sum of its coefficients.
 void ema(const at::Tensor& value,
          const at::Tensor& weight,
@@ -77,6 +81,16 @@ LayerGroup::LayerGroup(std::vector<LoraPair> pairs,
   skipped_ = at::zeros({count}, small.dtype(at::kLong));
   factors_ = KroneckerFactors(count, pairs_.front().in_features(), pairs_.front().out_features(),
                               options_, statistics);
+  const int64_t rank = pairs_.front().rank();
+  const auto grams = [&](const LowRankEigen& factor) {
+    SideProducts kept;
+    kept.ww = at::zeros({count, rank, rank}, small);
+    kept.uw = at::zeros({count, factor.sketch_rank(), rank}, small);
+    return kept;
+  };
+  input_ = grams(factors_.input);
+  output_ = grams(factors_.output);
+  refresh_metrics();
 }
 
 LayerGroup::~LayerGroup() = default;
@@ -93,10 +107,12 @@ void LayerGroup::move_state(const at::TensorOptions& options) {
   momentum_a_ = momentum_a_.to(options);
   momentum_b_ = momentum_b_.to(options);
   for (at::Tensor* tensor : {&momentum_weight_, &rms_square_, &rms_weight_, &scaling_, &active_,
-                             &grad_ok_, &misses_, &skipped_}) {
+                             &grad_ok_, &misses_, &skipped_, &input_.ww, &input_.uw, &output_.ww,
+                             &output_.uw}) {
     *tensor = tensor->to(options.device());
   }
   factors_.to(options);
+  refresh_metrics();
   observations_->clear();
 }
 
@@ -112,31 +128,32 @@ std::pair<at::Tensor, at::Tensor> LayerGroup::raw_gradients(Range range) const {
 void LayerGroup::update_momentum() {
   const auto [grads_a, grads_b] = parameters_->gradients(0, layers());
   std::vector<uint8_t> present;
+  present.reserve(grads_a.size());
   for (const at::Tensor& grad : grads_a) {
     present.push_back(grad.defined() ? 1 : 0);
   }
-  const at::Tensor exists = at::tensor(present, at::kByte).to(parameters_->a().device(), at::kBool);
-  const at::Tensor finite = detail::finite_gradients(grads_a, momentum_a_)
-                                .logical_and(detail::finite_gradients(grads_b, momentum_b_));
-  grad_ok_ = finite.logical_and(exists).logical_and(active_);
+  const at::Tensor wanted =
+      at::tensor(present, at::kByte).to(active_.device(), at::kBool).logical_and_(active_);
+  const at::Tensor finite =
+      detail::momentum_step(grads_a, momentum_a_, grads_b, momentum_b_, wanted, options_.beta1);
+  grad_ok_ = finite.logical_and(wanted);
   skipped_.add_(finite.logical_not());
-  detail::momentum_step(grads_a, grad_ok_, momentum_a_, options_.beta1);
-  detail::momentum_step(grads_b, grad_ok_, momentum_b_, options_.beta1);
   momentum_weight_ = at::where(grad_ok_, options_.beta1 * momentum_weight_ + (1 - options_.beta1),
                                momentum_weight_);
 }
 
-LayerGroup::Range LayerGroup::due(int64_t step) const {
-  if (step < options_.factor_warmup_steps) {
-    return {0, layers()};
-  }
-  const int64_t every = options_.factor_every;
+LayerGroup::Range LayerGroup::due(int64_t step, int64_t every) const {
   const int64_t part = step % every;  // layer l is due iff floor(l every / L) = part
   return {(part * layers() + every - 1) / every, ((part + 1) * layers() + every - 1) / every};
 }
 
+LayerGroup::Range LayerGroup::observed() const {
+  return age_ < options_.factor_warmup_steps ? Range{0, layers()}
+                                             : due(age_, options_.factor_every);
+}
+
 void LayerGroup::commit_observations() {
-  const Range range = due(age_);
+  const Range range = observed();
   if (range.begin < range.end) {
     KroneckerFactors view = factors_.slice(range.begin, range.end);
     const at::Tensor ok = grad_ok_.slice(0, range.begin, range.end);
@@ -145,95 +162,114 @@ void LayerGroup::commit_observations() {
       return std::make_pair(raw_a, raw_b.mT());
     };
     view.commit(observations_->collect(range.begin, range.end, age_, view, rows, ok), options_);
+    refresh_metrics();
   }
   observations_->clear();
-}
-
-void LayerGroup::update_rms(Range range,
-                            const SideProducts& input,
-                            const SideProducts& output,
-                            const SideMetric& input_metric,
-                            const SideMetric& output_metric) {
-  const auto part = [&](const at::Tensor& x) { return x.slice(0, range.begin, range.end); };
-  const at::Tensor ok = part(grad_ok_);
-  const auto [raw_a, raw_b] = raw_gradients(range);
-  SideProducts raw_input = input.slice(range.begin, range.end);
-  SideProducts raw_output = output.slice(range.begin, range.end);
-  raw_input.set_momentum(part(parameters_->a()).mT().to(raw_a.scalar_type()), raw_a.mT(),
-                         part(factors_.input.basis()));
-  raw_output.set_momentum(part(parameters_->b()).to(raw_b.scalar_type()), raw_b,
-                          part(factors_.output.basis()));
-  const SideMetric metric_in = input_metric.slice(range.begin, range.end);
-  const SideMetric metric_out = output_metric.slice(range.begin, range.end);
-  const TangentStep raw = tangent_step(raw_input, metric_in, raw_output, metric_out, part(scaling_),
-                                       options_.gram_floor, rounding());
-  const at::Tensor square = squared_norm(step_grams(raw_input, raw.a, &metric_in.plain),
-                                         step_grams(raw_output, raw.b, nullptr), part(scaling_))
-                                .c2;
-  ema(part(rms_square_), part(rms_weight_), square,
-      ok.logical_and(raw.ok).logical_and(square.isfinite()), options_.rms_beta);
-}
-
-Proposal LayerGroup::propose(const GroupSettings& settings) {
-  const at::ScalarType dtype = momentum_a_.scalar_type();
-  const SideProducts input_raw =
-      side_products(parameters_->a().mT().to(dtype), momentum_a_.mT(), factors_.input.basis());
-  const SideProducts output_raw =
-      side_products(parameters_->b().to(dtype), momentum_b_, factors_.output.basis());
-  const SideMetric input_metric =
-      SideMetric::of(factors_.input, options_.whitening, options_.damping);
-  const SideMetric output_metric =
-      SideMetric::of(factors_.output, options_.whitening, options_.damping);
-  const Range range = due(age_);
-  if (range.begin < range.end) {
-    update_rms(range, input_raw, output_raw, input_metric, output_metric);
+  // Grams carried by the update's coefficients (apply) would drift by rounding: an eighth of the
+  // layers is measured anew on every step, and whatever changed otherwise.
+  if (!parameters_->carried()) {
+    refresh_grams({0, layers()});
+  } else {
+    refresh_grams(range);
+    refresh_grams(due(age_, kGramsEvery));
   }
+}
 
-  Proposal proposal;
-  proposal.momentum_factor = (options_.maximize ? -1.0 : 1.0) / momentum_weight_.clamp_min(1e-300);
-  const SideProducts input = input_raw.scale_momentum(proposal.momentum_factor);
-  const SideProducts output = output_raw.scale_momentum(proposal.momentum_factor);
-  proposal.step = tangent_step(input, input_metric, output, output_metric, scaling_,
-                               options_.gram_floor, rounding());
-  const StepGrams input_grams = step_grams(input, proposal.step.a, &input_metric.plain);
-  proposal.output_norm =
-      squared_norm(input_grams, step_grams(output, proposal.step.b, nullptr), scaling_);
-  proposal.fisher_norm = squared_norm(
-      input_grams, step_grams(output, proposal.step.b, &output_metric.plain), scaling_);
-  proposal.radius = settings.lr * factors_.base_square.clamp_min(0).sqrt();
-  const at::Tensor size = options_.step_length == "radius"
-                              ? proposal.output_norm.c2.clamp_min(0)
-                              : rms_square_ / rms_weight_.clamp_min(1e-300);
-  const at::Tensor planned = proposal.radius / size.sqrt();
-  const at::Tensor usable = planned.isfinite();
-  proposal.length = inside_ball(proposal.output_norm, proposal.radius,
-                                at::where(usable, planned, at::zeros_like(planned)));
-  const at::Tensor sound = proposal.step.ok.logical_and(proposal.length.isfinite());
-  misses_ = at::where(grad_ok_, (misses_ + 1) * sound.logical_not(), misses_);
-  proposal.ok = grad_ok_.logical_and(sound).logical_and(usable);
-  proposal.length = at::where(proposal.ok, proposal.length, at::zeros_like(planned));
-  return proposal;
+void LayerGroup::refresh_metrics() {
+  input_metric_ = SideMetric::of(factors_.input, options_.whitening, options_.damping);
+  output_metric_ = SideMetric::of(factors_.output, options_.whitening, options_.damping);
+}
+
+void LayerGroup::refresh_grams(Range range) {
+  if (range.begin == range.end) {
+    return;
+  }
+  const auto part = [&](const at::Tensor& x) { return x.slice(0, range.begin, range.end); };
+  const auto refresh = [&](const SideProducts& kept, const at::Tensor& weight,
+                           const LowRankEigen& factor) {
+    SideProducts fresh;
+    fresh.set_weight(part(weight).to(momentum_a_.scalar_type()), part(factor.basis()));
+    part(kept.ww).copy_(fresh.ww);
+    part(kept.uw).copy_(fresh.uw);
+  };
+  refresh(input_, parameters_->a().mT(), factors_.input);
+  refresh(output_, parameters_->b(), factors_.output);
+}
+
+Measurement LayerGroup::measurement(Range range,
+                                    const at::Tensor& momentum_a,
+                                    const at::Tensor& momentum_b) const {
+  const auto part = [&](const at::Tensor& x) { return x.slice(0, range.begin, range.end); };
+  const auto products = [&](const SideProducts& kept, const at::Tensor& weight,
+                            const at::Tensor& momentum, const LowRankEigen& factor) {
+    SideProducts out;
+    out.ww = part(kept.ww);
+    out.uw = part(kept.uw);
+    out.set_momentum(part(weight).to(momentum.scalar_type()), momentum, part(factor.basis()));
+    return out;
+  };
+  Measurement out;
+  out.input = products(input_, parameters_->a().mT(), momentum_a.mT(), factors_.input);
+  out.output = products(output_, parameters_->b(), momentum_b, factors_.output);
+  out.input_metric = input_metric_.slice(range.begin, range.end);
+  out.output_metric = output_metric_.slice(range.begin, range.end);
+  out.scaling = part(scaling_);
+  out.live = part(grad_ok_);
+  out.absolute = part(factors_.absolute);
+  out.radius = out.direction_rms = out.momentum_factor = at::ones_like(out.scaling);
+  out.rounding = rounding();
+  return out;
+}
+
+std::optional<Measurement> LayerGroup::measure_gradients() const {
+  const Range range = observed();
+  if (range.begin == range.end) {
+    return std::nullopt;
+  }
+  const auto [raw_a, raw_b] = raw_gradients(range);
+  return measurement(range, raw_a, raw_b);
+}
+
+void LayerGroup::update_rms(const DirectionSquare& direction) {
+  const Range range = observed();
+  const auto part = [&](const at::Tensor& x) { return x.slice(0, range.begin, range.end); };
+  ema(part(rms_square_), part(rms_weight_), direction.square,
+      part(grad_ok_).logical_and(direction.ok), options_.rms_beta);
+}
+Measurement LayerGroup::measure(const GroupSettings& settings) const {
+  Measurement out = measurement({0, layers()}, momentum_a_, momentum_b_);
+  out.momentum_factor = (options_.maximize ? -1.0 : 1.0) / momentum_weight_.clamp_min(1e-300);
+  out.radius = settings.lr * factors_.base_square.clamp_min(0).sqrt();
+  out.direction_rms = (rms_square_ / rms_weight_.clamp_min(1e-300)).sqrt();
+  return out;
 }
 
 void LayerGroup::apply(const Proposal& proposal,
                        const at::Tensor& shrink,
                        const GroupSettings& settings) {
-  const at::Tensor f = proposal.length * shrink;
-  const at::Tensor identity = at::eye(parameters_->a().size(1), f.options());
+  misses_ = at::where(proposal.live, (misses_ + 1) * proposal.sound.logical_not(), misses_);
+  const at::Tensor f = as_column(proposal.length * shrink);
   // As in AdamW, a parameter without a gradient does not decay.
-  const at::Tensor decay = at::where(
-      grad_ok_, at::full_like(f, 1 - settings.lr * settings.weight_decay), at::ones_like(f));
-  const auto coefficients = [&](const SideStep& step, const at::Tensor& weight,
-                                const at::Tensor& momentum, const at::Tensor& basis) {
-    const auto scaled = [&](const at::Tensor& x, const at::Tensor& factor) {
-      return select_layers(proposal.ok, x * as_column(factor), at::zeros_like(x));
-    };
-    detail::tall_combine(weight, as_column(decay) * identity + scaled(step.weight, f), momentum,
-                         scaled(step.momentum, f * proposal.momentum_factor), basis,
-                         scaled(step.basis, f));
+  const at::Tensor one = at::ones({}, f.options());
+  const at::Tensor decay =
+      as_column(at::where(proposal.live.logical_and(proposal.sound),
+                          one * (1 - settings.lr * settings.weight_decay), one));
+  const at::Tensor identity = at::eye(parameters_->a().size(1), f.options());
+  const at::Tensor momentum_f = f * as_column(proposal.momentum_factor);
+  const auto move = [&](const SideStep& step, const PlainStepGrams& grams, const SideProducts& kept,
+                        const at::Tensor& weight, const at::Tensor& momentum,
+                        const at::Tensor& basis) {
+    detail::tall_combine(weight, decay * identity + step.weight * f, momentum,
+                         step.momentum * momentum_f, basis, step.basis * f);
+    // W <- decay W + f delta, carried over to W^T W and U^T W.
+    kept.ww.copy_(decay.square() * grams.ww + decay * f * (grams.wd + grams.wd.mT()) +
+                  f.square() * grams.dd);
+    kept.uw.copy_(decay * grams.uw + f * grams.ud);
   };
-  coefficients(proposal.step.b, parameters_->b(), momentum_b_, factors_.output.basis());
-  coefficients(proposal.step.a, parameters_->a().mT(), momentum_a_.mT(), factors_.input.basis());
+  move(proposal.step.b, proposal.output_grams, output_, parameters_->b(), momentum_b_,
+       factors_.output.basis());
+  move(proposal.step.a, proposal.input_grams, input_, parameters_->a().mT(), momentum_a_.mT(),
+       factors_.input.basis());
 }
 
 void LayerGroup::finish() {
@@ -242,24 +278,20 @@ void LayerGroup::finish() {
   if (age_ == 1 || age_ % options_.balance_every == 0) {
     balance_gauge();
   }
+  parameters_->remember();
   want();
 }
 
 void LayerGroup::balance_gauge() {
-  const at::ScalarType dtype = momentum_a_.scalar_type();
-  const auto gram = [&](const at::Tensor& weight, const LowRankEigen& factor) {
-    return weighted_gram(factor.power(options_.whitening, options_.damping),
-                         detail::tall_gram(factor.basis(), weight),
-                         detail::tall_gram(weight, weight));
-  };
-  GaugeMap gauge = balance(gram(parameters_->b().to(dtype), factors_.output),
-                           gram(parameters_->a().mT().to(dtype), factors_.input));
+  GaugeMap gauge = balance(weighted_gram(output_metric_.whiten, output_.uw, output_.ww),
+                           weighted_gram(input_metric_.whiten, input_.uw, input_.ww));
   gauge.ok = gauge.ok.logical_and(active_).logical_and(momentum_weight_ > 0);
   apply_gauge(gauge, parameters_->a(), parameters_->b(), momentum_a_, momentum_b_);
+  refresh_grams({0, layers()});
 }
 
 void LayerGroup::want() {
-  const Range range = due(age_);
+  const Range range = observed();
   for (int64_t l = 0; l < layers(); ++l) {
     if (slots_[l] != nullptr) {
       slots_[l]->set_wanted(l >= range.begin && l < range.end);
@@ -325,6 +357,12 @@ std::vector<std::pair<std::string, at::Tensor>> LayerGroup::named_tensors() cons
                                                          {"active", active_},
                                                          {"misses", misses_},
                                                          {"skipped", skipped_},
+                                                         {"input.ww", input_.ww},
+                                                         {"input.uw", input_.uw},
+                                                         {"output.ww", output_.ww},
+                                                         {"output.uw", output_.uw},
+                                                         {"probe_a", parameters_->probe_a()},
+                                                         {"probe_b", parameters_->probe_b()},
                                                          {"share_set", observations_->share_set()}};
   for (const auto& item : factors_.named_tensors()) {
     out.push_back(item);
@@ -336,6 +374,7 @@ void LayerGroup::after_load(int64_t age) {
   age_ = age;
   observations_->clear();
   observations_->resume(factors_);
+  refresh_metrics();
   want();
 }
 

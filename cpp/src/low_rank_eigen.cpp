@@ -28,6 +28,11 @@ PowerCoefficients PowerCoefficients::slice(int64_t begin, int64_t end) const {
   return {tail.slice(0, begin, end), diag.slice(0, begin, end)};
 }
 
+PowerCoefficients PowerCoefficients::cat(const std::vector<PowerCoefficients>& parts) {
+  return {detail::cat(parts, &PowerCoefficients::tail),
+          detail::cat(parts, &PowerCoefficients::diag)};
+}
+
 LowRankEigen::LowRankEigen(int64_t layers,
                            int64_t size,
                            int64_t sketch_rank,

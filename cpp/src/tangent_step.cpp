@@ -3,7 +3,7 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/diag_embed.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros_like.h>
+#include <ATen/ops/zeros.h>
 
 #include "detail/small_matrix.h"
 #include "detail/tall_skinny.h"
@@ -61,6 +61,12 @@ SideProducts SideProducts::slice(int64_t begin, int64_t end) const {
           wm.slice(0, begin, end), mm.slice(0, begin, end)};
 }
 
+SideProducts SideProducts::cat(const std::vector<SideProducts>& parts) {
+  const auto joined = [&](at::Tensor SideProducts::* field) { return detail::cat(parts, field); };
+  return {joined(&SideProducts::ww), joined(&SideProducts::uw), joined(&SideProducts::um),
+          joined(&SideProducts::wm), joined(&SideProducts::mm)};
+}
+
 namespace {
 
 // Rows of the joint Gram [W U M]^T M, in this order.
@@ -69,6 +75,12 @@ void split_momentum(SideProducts& products, const at::Tensor& joint, int64_t ran
   products.wm = joint.slice(1, 0, rank);
   products.um = joint.slice(1, rank, rank + sketch_rank);
   products.mm = joint.slice(1, rank + sketch_rank);
+}
+
+// Rows of [W U]^T W.
+void split_weight(SideProducts& products, const at::Tensor& joint, int64_t rank) {
+  products.ww = joint.slice(1, 0, rank);
+  products.uw = joint.slice(1, rank);
 }
 
 }  // namespace
@@ -80,15 +92,16 @@ void SideProducts::set_momentum(const at::Tensor& weight,
                  weight.size(2));
 }
 
+void SideProducts::set_weight(const at::Tensor& weight, const at::Tensor& basis) {
+  split_weight(*this, detail::tall_grams({{{weight, basis}, weight}}).front(), weight.size(2));
+}
+
 SideProducts side_products(const at::Tensor& weight,
                            const at::Tensor& momentum,
                            const at::Tensor& basis) {
-  const std::vector<at::Tensor> joint =
-      detail::tall_grams({{{weight, basis, momentum}, momentum}, {{weight, basis}, weight}});
   SideProducts products;
-  products.ww = joint[1].slice(1, 0, weight.size(2));
-  products.uw = joint[1].slice(1, weight.size(2));
-  split_momentum(products, joint[0], weight.size(2));
+  products.set_weight(weight, basis);
+  products.set_momentum(weight, momentum, basis);
   return products;
 }
 
@@ -101,10 +114,32 @@ SideMetric SideMetric::slice(int64_t begin, int64_t end) const {
   return {whiten.slice(begin, end), unwhiten.slice(begin, end), plain.slice(begin, end)};
 }
 
+SideMetric SideMetric::cat(const std::vector<SideMetric>& parts) {
+  std::vector<PowerCoefficients> whiten, unwhiten, plain;
+  for (const SideMetric& part : parts) {
+    whiten.push_back(part.whiten);
+    unwhiten.push_back(part.unwhiten);
+    plain.push_back(part.plain);
+  }
+  return {PowerCoefficients::cat(whiten), PowerCoefficients::cat(unwhiten),
+          PowerCoefficients::cat(plain)};
+}
+
 at::Tensor weighted_gram(const PowerCoefficients& metric,
                          const at::Tensor& uw,
                          const at::Tensor& ww) {
   return as_column(metric.tail) * ww + small_bmm(uw.mT(), times_diagonal(metric.diag, uw));
+}
+
+SideStep SideStep::slice(int64_t begin, int64_t end) const {
+  return {momentum.slice(0, begin, end), basis.slice(0, begin, end), weight.slice(0, begin, end)};
+}
+
+SideStep SideStep::where(const at::Tensor& ok) const {
+  const auto kept = [&](const at::Tensor& x) {
+    return detail::select_layers(ok, x, at::zeros({}, x.options()));
+  };
+  return {kept(momentum), kept(basis), kept(weight)};
 }
 
 at::Tensor SideStep::materialize(const at::Tensor& weight_slab,
@@ -143,33 +178,50 @@ TangentStep tangent_step(const SideProducts& input,
   TangentStep step;
   step.b = side_step(output, output_metric.unwhiten, q_inverse * minus, p_inverse);
   step.a = side_step(input, input_metric.unwhiten, p_inverse * minus, q_inverse);
-  step.predicted_decrease = -(slope(input, step.a) + slope(output, step.b));
   step.ok = cholesky_p.ok.logical_and(cholesky_q.ok)
                 .logical_and(all_finite(step.a))
                 .logical_and(all_finite(step.b));
+  step.a = step.a.where(step.ok);
+  step.b = step.b.where(step.ok);
+  step.predicted_decrease = -(slope(input, step.a) + slope(output, step.b));
   return step;
 }
 
-StepGrams step_grams(const SideProducts& products,
-                     const SideStep& step,
-                     const PowerCoefficients* metric) {
+PlainStepGrams step_grams(const SideProducts& products, const SideStep& step) {
   const at::Tensor& x1 = step.momentum;
   const at::Tensor& x2 = step.basis;
   const at::Tensor& x3 = step.weight;
-  const at::Tensor ud = small_bmm(products.um, x1) + x2 + small_bmm(products.uw, x3);
-  const at::Tensor wd =
-      small_bmm(products.wm, x1) + small_bmm(products.uw.mT(), x2) + small_bmm(products.ww, x3);
-  const at::Tensor md = small_bmm(products.mm, x1) + small_bmm(products.um.mT(), x2) +
-                        small_bmm(products.wm.mT(), x3);
-  const at::Tensor dd = small_bmm(x1.mT(), md) + small_bmm(x2.mT(), ud) + small_bmm(x3.mT(), wd);
-  if (metric == nullptr) {
-    return {products.ww, wd, dd};
-  }
-  const at::Tensor tail = as_column(metric->tail);
-  const at::Tensor weighted_ud = times_diagonal(metric->diag, ud);
-  return {weighted_gram(*metric, products.uw, products.ww),
-          tail * wd + small_bmm(products.uw.mT(), weighted_ud),
-          tail * dd + small_bmm(ud.mT(), weighted_ud)};
+  PlainStepGrams grams;
+  grams.ww = products.ww;
+  grams.uw = products.uw;
+  grams.ud = small_bmm(products.um, x1).add_(x2).add_(small_bmm(products.uw, x3));
+  grams.wd = small_bmm(products.wm, x1)
+                 .add_(small_bmm(products.uw.mT(), x2))
+                 .add_(small_bmm(products.ww, x3));
+  const at::Tensor md = small_bmm(products.mm, x1)
+                            .add_(small_bmm(products.um.mT(), x2))
+                            .add_(small_bmm(products.wm.mT(), x3));
+  grams.dd = small_bmm(x1.mT(), md)
+                 .add_(small_bmm(x2.mT(), grams.ud))
+                 .add_(small_bmm(x3.mT(), grams.wd));
+  return grams;
+}
+
+StepGrams PlainStepGrams::in(const PowerCoefficients& metric) const {
+  const at::Tensor tail = as_column(metric.tail);
+  const at::Tensor weighted_ud = times_diagonal(metric.diag, ud);
+  return {weighted_gram(metric, uw, ww), (tail * wd).add_(small_bmm(uw.mT(), weighted_ud)),
+          (tail * dd).add_(small_bmm(ud.mT(), weighted_ud))};
+}
+
+PlainStepGrams PlainStepGrams::slice(int64_t begin, int64_t end) const {
+  PlainStepGrams view;
+  view.ww = ww.slice(0, begin, end);
+  view.wd = wd.slice(0, begin, end);
+  view.dd = dd.slice(0, begin, end);
+  view.uw = uw.slice(0, begin, end);
+  view.ud = ud.slice(0, begin, end);
+  return view;
 }
 
 }  // namespace ctrlora

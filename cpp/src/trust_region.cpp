@@ -1,5 +1,6 @@
 #include "ctrlora/trust_region.h"
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/where.h>
@@ -22,6 +23,27 @@ at::Tensor Quartic::operator()(const at::Tensor& f) const {
   return f.square() * (c2 + f * (c3 + f * c4));
 }
 
+Quartic Quartic::slice(int64_t begin, int64_t end) const {
+  return {c2.slice(0, begin, end), c3.slice(0, begin, end), c4.slice(0, begin, end)};
+}
+
+Quartic Quartic::where(const at::Tensor& mask) const {
+  const at::Tensor zero = at::zeros({}, c2.options());
+  return {at::where(mask, c2, zero), at::where(mask, c3, zero), at::where(mask, c4, zero)};
+}
+
+Quartic Quartic::sum(const std::vector<Quartic>& parts) {
+  const auto total = [&](at::Tensor Quartic::* field) {
+    std::vector<at::Tensor> sums;
+    sums.reserve(parts.size());
+    for (const Quartic& part : parts) {
+      sums.push_back((part.*field).sum(0, true).to((parts.front().*field).device()));
+    }
+    return at::cat(sums).sum(0, true);
+  };
+  return {total(&Quartic::c2), total(&Quartic::c3), total(&Quartic::c4)};
+}
+
 Quartic squared_norm(const StepGrams& input, const StepGrams& output, const at::Tensor& scaling) {
   using detail::inner;
   const at::Tensor s2 = scaling.square();
@@ -33,6 +55,10 @@ Quartic squared_norm(const StepGrams& input, const StepGrams& output, const at::
 
 at::Tensor inside_ball(const Quartic& norm, const at::Tensor& radius, const at::Tensor& start) {
   const at::Tensor target = radius.square();
+  const at::Tensor start_fits = norm(start) <= target;
+  if (detail::known_to_be_true(start_fits)) {  // the usual case
+    return start;
+  }
   const at::Tensor tangent = norm.c2.clamp_min(0);
   const at::Tensor cross = norm.c4.clamp_min(0);
   // |D(f)| <= f |T| + f^2 |Z|: the positive root of the right side at the radius is always inside.
@@ -48,10 +74,11 @@ at::Tensor inside_ball(const Quartic& norm, const at::Tensor& radius, const at::
   const at::Tensor fourfold = 4 * norm.c4;
   for (int i = 0; i < kNewtonIterations; ++i) {
     f = at::maximum(at::minimum(f, start), bound);
+    // On |D| rather than |D|^2, which bends less where the cross term opposes the step.
     const at::Tensor slope = f * (twice + f * (thrice + f * fourfold));
-    f = f - (norm(f) - target) / slope;
+    const at::Tensor square = norm(f).clamp_min(0);
+    f = f - 2 * (square - radius * square.sqrt()) / slope;
   }
-  const at::Tensor start_fits = norm(start) <= target;
   // A root that Newton missed (a quartic that is not monotone, a NaN) leaves the bound.
   const at::Tensor found =
       (norm(f) <= target * (1 + 1e-9)).logical_and(f >= bound).logical_and(f <= start);

@@ -295,12 +295,15 @@ TEST_CASE("step Grams equal those of the materialised step") {
   };
   const SideMetric in = own.input_metric(), out = own.output_metric();
   const at::Tensor a = own.a.mT(), da = delta.a.mT();
-  check(ctrlora::step_grams(own.input(), step.a, &in.plain), dense(own.omega), a, da);
-  check(ctrlora::step_grams(own.input(), step.a, &in.whiten),
-        dense_power(dense(own.omega), 0.5, kDamping), a, da);
-  check(ctrlora::step_grams(own.output(), step.b, &out.plain), dense(own.s), own.b, delta.b);
-  check(ctrlora::step_grams(own.output(), step.b, nullptr), at::eye(12, at::kDouble), own.b,
-        delta.b);
+  const ctrlora::PlainStepGrams input = ctrlora::step_grams(own.input(), step.a);
+  const ctrlora::PlainStepGrams output = ctrlora::step_grams(own.output(), step.b);
+  check(input.in(in.plain), dense(own.omega), a, da);
+  check(input.in(in.whiten), dense_power(dense(own.omega), 0.5, kDamping), a, da);
+  check(output.in(out.plain), dense(own.s), own.b, delta.b);
+  check(output, at::eye(12, at::kDouble), own.b, delta.b);
+  CHECK(error(output.ud, matmul(own.s.basis().mT(), delta.b)) < 1e-11);
+  const StepGrams part = output.slice(1, 3).in(out.slice(1, 3).plain);
+  CHECK(same_bits(part.dd, output.in(out.plain).dd.slice(0, 1, 3)));
   CHECK(error(ctrlora::weighted_gram(out.whiten, own.output().uw, own.output().ww),
               matmul(own.b.mT(), matmul(dense_power(dense(own.s), 0.5, kDamping), own.b))) < 1e-11);
 }

@@ -66,13 +66,11 @@ class CTRLORA_API Engine {
 
  private:
   struct StepReport;
-  struct Move;
   [[nodiscard]] std::vector<const GroupSettings*> checked(
       const std::vector<GroupSettings>& settings) const;
-  [[nodiscard]] at::Tensor fisher_ball(const std::vector<Move>& moves, double ratio);
+  void fisher_ball();
   [[nodiscard]] GroupSettings fallback_settings(
       const detail::AdamW& fallback, const std::vector<const GroupSettings*>& by_group) const;
-  [[nodiscard]] static Quartic predicted_kl(const std::vector<Move>& moves);
   void retire_failed_layers();
   void hand_to_adamw(const LoraPair& pair, int64_t group);
 

@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,21 +17,9 @@
 #include "ctrlora/lora_pair.h"
 #include "ctrlora/observation.h"
 #include "ctrlora/options.h"
-#include "ctrlora/tangent_step.h"
-#include "ctrlora/trust_region.h"
+#include "ctrlora/proposal.h"
 
 namespace ctrlora {
-
-/// What one step would do to a group, before its length is known. Tensors (L) float64 unless said.
-struct CTRLORA_API Proposal {
-  TangentStep step;
-  Quartic output_norm;         ///< |D(f)|_Omega^2
-  Quartic fisher_norm;         ///< |D(f)|_M^2, zero for layers without an absolute scale
-  at::Tensor radius;           ///< lr |W0|_Omega
-  at::Tensor length;           ///< f inside the output ball
-  at::Tensor ok;               ///< (L) bool
-  at::Tensor momentum_factor;  ///< bias correction and sign
-};
 
 namespace detail {
 class ParameterSlabs;
@@ -51,6 +40,7 @@ class CTRLORA_API LayerGroup : public ObservationSink {
 
   [[nodiscard]] int64_t layers() const { return static_cast<int64_t>(pairs_.size()); }
   [[nodiscard]] int64_t group() const { return group_; }
+  [[nodiscard]] int64_t rank() const { return pairs_.front().rank(); }
   [[nodiscard]] int64_t age() const { return age_; }
   [[nodiscard]] const std::vector<LoraPair>& pairs() const { return pairs_; }
   [[nodiscard]] const KroneckerFactors& factors() const { return factors_; }
@@ -74,8 +64,13 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   void update_momentum();
   /// Enters what was observed since the last step into the factors.
   void commit_observations();
-  /// Direction, norms and length inside the output ball.
-  Proposal propose(const GroupSettings& settings);
+  /// The d-wide products of the observed layers with their raw gradients in place of the momenta;
+  /// nothing if no layer is due.
+  [[nodiscard]] std::optional<Measurement> measure_gradients() const;
+  /// Enters the squared size of those layers' directions into rms.
+  void update_rms(const DirectionSquare& direction);
+  /// The d-wide products of all layers, and what else the step is decided from.
+  [[nodiscard]] Measurement measure(const GroupSettings& settings) const;
   /// W <- (1 - lr weight_decay) W + f delta with f = length * shrink, shrink a float64 scalar.
   void apply(const Proposal& proposal, const at::Tensor& shrink, const GroupSettings& settings);
   /// Counts the step, balances the gauge when due, asks for the next observations.
@@ -97,13 +92,14 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   struct Range {
     int64_t begin, end;
   };
-  [[nodiscard]] Range due(int64_t step) const;
+  [[nodiscard]] Range due(int64_t step, int64_t every) const;
+  [[nodiscard]] Range observed() const;
   [[nodiscard]] std::pair<at::Tensor, at::Tensor> raw_gradients(Range range) const;
-  void update_rms(Range range,
-                  const SideProducts& input,
-                  const SideProducts& output,
-                  const SideMetric& input_metric,
-                  const SideMetric& output_metric);
+  [[nodiscard]] Measurement measurement(Range range,
+                                        const at::Tensor& momentum_a,
+                                        const at::Tensor& momentum_b) const;
+  void refresh_grams(Range range);
+  void refresh_metrics();
   void move_state(const at::TensorOptions& options);
   void want();
   void balance_gauge();
@@ -126,6 +122,8 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   at::Tensor misses_;                   // (L) int64 failed steps in a row
   at::Tensor skipped_;                  // (L) int64 steps left out for non-finite gradients
   KroneckerFactors factors_;
+  SideProducts input_, output_;              // W^T W and U^T W, carried from step to step
+  SideMetric input_metric_, output_metric_;  // of the factors as they are
   int64_t age_ = 0;  // steps taken
 };
 

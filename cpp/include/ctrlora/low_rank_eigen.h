@@ -23,6 +23,8 @@ struct CTRLORA_API PowerCoefficients {
   at::Tensor diag;  ///< (L, k) float64: (e + lambda)^p - tail
 
   [[nodiscard]] PowerCoefficients slice(int64_t begin, int64_t end) const;
+  /// Layers of several groups below each other; one k.
+  static PowerCoefficients cat(const std::vector<PowerCoefficients>& parts);
 };
 
 /// Sums over rows that one batch adds to a factor; linear in the rows.

@@ -13,6 +13,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 #include "ctrlora/export.h"
 #include "ctrlora/low_rank_eigen.h"
 
@@ -28,12 +30,17 @@ struct CTRLORA_API SideProducts {
 
   /// Products for M scaled by factor (L), e.g. bias correction or a sign.
   [[nodiscard]] SideProducts scale_momentum(const at::Tensor& factor) const;
-  /// Replaces the products with M by those with another momentum (L,d,r).
+  /// The three products with the momentum. @param weight (L,d,r), momentum (L,d,r), basis (L,d,k);
+  /// views of any strides.
   void set_momentum(const at::Tensor& weight, const at::Tensor& momentum, const at::Tensor& basis);
+  /// The two products of weight and basis.
+  void set_weight(const at::Tensor& weight, const at::Tensor& basis);
   [[nodiscard]] SideProducts slice(int64_t begin, int64_t end) const;
+  /// Layers of several groups below each other; one r and one k.
+  static SideProducts cat(const std::vector<SideProducts>& parts);
 };
 
-/// All five products. @param weight (L,d,r), momentum (L,d,r), basis (L,d,k); views of any strides.
+/// All five products.
 CTRLORA_API SideProducts side_products(const at::Tensor& weight,
                                        const at::Tensor& momentum,
                                        const at::Tensor& basis);
@@ -46,6 +53,7 @@ struct CTRLORA_API SideMetric {
 
   static SideMetric of(const LowRankEigen& factor, double whitening, double damping);
   [[nodiscard]] SideMetric slice(int64_t begin, int64_t end) const;
+  static SideMetric cat(const std::vector<SideMetric>& parts);
 };
 
 /// W^T N W for N given as coefficients: tail ww + uw^T diag uw.
@@ -59,6 +67,9 @@ struct CTRLORA_API SideStep {
   at::Tensor basis;     ///< X2 (L, k, r)
   at::Tensor weight;    ///< X3 (L, r, r)
 
+  [[nodiscard]] SideStep slice(int64_t begin, int64_t end) const;
+  /// Zero for the layers that are not in `ok` (L) bool, whatever their numbers are.
+  [[nodiscard]] SideStep where(const at::Tensor& ok) const;
   /// The step itself, (L, d, r), for use outside the engine.
   [[nodiscard]] at::Tensor materialize(const at::Tensor& weight_slab,
                                        const at::Tensor& momentum_slab,
@@ -73,7 +84,7 @@ struct CTRLORA_API TangentStep {
 };
 
 /// The direction for L layers. @param scaling (L) float64. @param eps rounding unit of the
-/// products' dtype. Never throws on bad numbers: such layers come out with ok = false.
+/// products' dtype. Never throws on bad numbers: such layers come out as zero with ok = false.
 CTRLORA_API TangentStep tangent_step(const SideProducts& input,
                                      const SideMetric& input_metric,
                                      const SideProducts& output,
@@ -89,9 +100,16 @@ struct CTRLORA_API StepGrams {
   at::Tensor dd;  ///< (L, r, r) delta^T N delta
 };
 
-/// Grams of one side's step in N = `metric`; pass null for N = I.
-CTRLORA_API StepGrams step_grams(const SideProducts& products,
-                                 const SideStep& step,
-                                 const PowerCoefficients* metric);
+/// The same for N = I, with the basis' products: what the Grams in any metric follow from.
+struct CTRLORA_API PlainStepGrams : StepGrams {
+  at::Tensor uw;  ///< (L, k, r) U^T W
+  at::Tensor ud;  ///< (L, k, r) U^T delta
+
+  [[nodiscard]] StepGrams in(const PowerCoefficients& metric) const;
+  [[nodiscard]] PlainStepGrams slice(int64_t begin, int64_t end) const;
+};
+
+/// Grams of one side's step.
+CTRLORA_API PlainStepGrams step_grams(const SideProducts& products, const SideStep& step);
 
 }  // namespace ctrlora

@@ -7,6 +7,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 #include "ctrlora/export.h"
 #include "ctrlora/tangent_step.h"
 
@@ -19,6 +21,11 @@ struct CTRLORA_API Quartic {
   at::Tensor c4;  ///< |s Z|^2
 
   [[nodiscard]] at::Tensor operator()(const at::Tensor& f) const;
+  [[nodiscard]] Quartic slice(int64_t begin, int64_t end) const;
+  /// Zero for the layers that are not in `mask` (L) bool.
+  [[nodiscard]] Quartic where(const at::Tensor& mask) const;
+  /// Sum over all entries of all parts, (1), on the first one's device.
+  static Quartic sum(const std::vector<Quartic>& parts);
 };
 
 /// Squared norm of D(f): `output` Grams in the left metric, `input` Grams in Omega.

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "detail/instructions.h"
 #include "detail/vector.h"
 
 namespace ctrlora::detail {
@@ -74,10 +75,10 @@ __attribute__((target("avx512f,fma"))) float squares_avx512(const float* values,
 
 Kernels choose() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) {
+  if (instructions() == Instructions::kAvx512) {
     return {lerp_avx512, squares_avx512};
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (instructions() == Instructions::kAvx2) {
     return {lerp_avx2, squares_avx2};
   }
 #endif

@@ -1,11 +1,21 @@
 #include "detail/parameter_slabs.h"
 
+#include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
+
+#include <cstring>
+#include <limits>
 
 #include "detail/check.h"
 #include "detail/tensor_math.h"
 
 namespace ctrlora::detail {
+
+namespace {
+
+constexpr double kNever = std::numeric_limits<double>::quiet_NaN();  // no parameter's value
+
+}  // namespace
 
 ParameterSlabs::ParameterSlabs(std::vector<LoraPair> pairs) : pairs_(std::move(pairs)) {
   adopt();
@@ -20,10 +30,58 @@ void ParameterSlabs::adopt() {
   }
   a_ = at::stack(a);
   b_ = at::stack(b);
+  probe_a_ = at::full({a_.size(0), a_.size(1)}, kNever, a_.options());
+  probe_b_ = at::full({b_.size(0), b_.size(2)}, kNever, b_.options());
   for (size_t l = 0; l < pairs_.size(); ++l) {
     pairs_[l].a.set_data(a_[static_cast<int64_t>(l)]);
     pairs_[l].b.set_data(b_[static_cast<int64_t>(l)]);
   }
+}
+
+namespace {
+
+// Element of a (rows, columns) matrix that stands for direction j of `rank`: every direction has
+// one, at another place along the matrix' length.
+int64_t probe_index(int64_t rows, int64_t columns, int64_t rank, int64_t j) {
+  return rows == rank ? j * columns + j * columns / rank : j * rows / rank * columns + j;
+}
+
+template <typename Visit>
+void visit_probes(const at::Tensor& slab, int64_t rank, const Visit& visit) {
+  const auto* data = static_cast<const char*>(slab.const_data_ptr());
+  const auto bytes = static_cast<int64_t>(slab.element_size());
+  for (int64_t l = 0; l < slab.size(0); ++l) {
+    for (int64_t j = 0; j < rank; ++j) {
+      const int64_t index = probe_index(slab.size(1), slab.size(2), rank, j);
+      visit(data + (l * slab.stride(0) + index) * bytes, (l * rank + j) * bytes, bytes);
+    }
+  }
+}
+
+}  // namespace
+
+void ParameterSlabs::remember() {
+  for (const auto& [slab, probe] : {std::pair(&a_, &probe_a_), std::pair(&b_, &probe_b_)}) {
+    if (slab->is_cpu()) {
+      auto* out = static_cast<char*>(probe->data_ptr());
+      visit_probes(*slab, a_.size(1), [&](const char* value, int64_t offset, int64_t bytes) {
+        std::memcpy(out + offset, value, static_cast<size_t>(bytes));
+      });
+    }
+  }
+}
+
+bool ParameterSlabs::carried() const {
+  bool same = a_.is_cpu() && (a_.scalar_type() == at::kFloat || a_.scalar_type() == at::kDouble);
+  for (const auto& [slab, probe] : {std::pair(&a_, &probe_a_), std::pair(&b_, &probe_b_)}) {
+    if (same) {
+      const auto* known = static_cast<const char*>(probe->const_data_ptr());
+      visit_probes(*slab, a_.size(1), [&](const char* value, int64_t offset, int64_t bytes) {
+        same = same && std::memcmp(known + offset, value, static_cast<size_t>(bytes)) == 0;
+      });
+    }
+  }
+  return same;
 }
 
 bool ParameterSlabs::bind() {

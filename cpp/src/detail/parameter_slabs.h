@@ -23,6 +23,15 @@ class ParameterSlabs {
   /// @throws c10::ValueError if a shape changed or the pairs no longer fit together.
   bool bind();
 
+  /// Notes what the parameters are now, by one element for each direction of each matrix.
+  void remember();
+  /// Whether they still are what was remembered, so that Grams carried over since then hold. Always
+  /// false where numbers are rounded to a narrow dtype, and on devices, where asking would
+  /// synchronise. A write that misses every probe goes unnoticed for the eight steps a Gram lives.
+  [[nodiscard]] bool carried() const;
+  [[nodiscard]] const at::Tensor& probe_a() const { return probe_a_; }  // (L, r)
+  [[nodiscard]] const at::Tensor& probe_b() const { return probe_b_; }  // (L, r)
+
   /// Gradients of a and of b of layers [begin, end); both undefined where either is missing: half a
   /// pair has no tangent step.
   [[nodiscard]] std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> gradients(
@@ -37,6 +46,7 @@ class ParameterSlabs {
 
   std::vector<LoraPair> pairs_;
   at::Tensor a_, b_;
+  at::Tensor probe_a_, probe_b_;
 };
 
 }  // namespace ctrlora::detail

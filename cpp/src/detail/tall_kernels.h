@@ -23,12 +23,22 @@ constexpr bool kernel_takes(int64_t columns) {
   return columns > 0 && columns % 4 == 0;
 }
 
-/// Most columns that combine_kernel takes: its results wait on the stack.
+/// Most columns that combine_kernel takes of one term, and of all together: they wait on the stack.
 inline constexpr int64_t kMaxCombineColumns = 256;
+inline constexpr int64_t kMaxCombineRows = 3 * kMaxCombineColumns;
 
-/// out (x.columns, y.columns) += x^T y over rows [begin, end).
-void gram_kernel(
-    const TallMatrix& x, const TallMatrix& y, bool wide, int64_t begin, int64_t end, float* out);
+/// Most rows of d that gram_kernel takes at a time: they are packed on the stack.
+inline constexpr int64_t kGramRows = 1024;
+
+/// out (sum of left columns, right.columns) += left_t^T right, one left below the other, over rows
+/// [begin, end).
+void gram_kernel(const TallMatrix* left,
+                 int count,
+                 const TallMatrix& right,
+                 bool wide,
+                 int64_t begin,
+                 int64_t end,
+                 float* out);
 
 /// terms[0] <- sum over t of terms[t] @ coefficients_t over rows [begin, end); the coefficients of
 /// all terms lie below each other, (sum of columns, r).

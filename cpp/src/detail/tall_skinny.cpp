@@ -19,8 +19,9 @@ namespace ctrlora::detail {
 
 namespace {
 
-constexpr int64_t kChunk =
-    1024;  // rows of one task: small enough to balance, large enough to amortise
+// Rows of one task: small enough to balance, large enough to amortise.
+constexpr int64_t kChunk = kGramRows;
+constexpr int kMaxLeft = 3;  // left sides of one job
 
 // At B = 0 the coefficients of an exactly zero momentum are 1e60: in range for float64 only.
 at::Tensor narrow(const at::Tensor& coefficients, at::ScalarType dtype) {
@@ -59,7 +60,7 @@ Layout kernel_layout(const std::vector<GramJob>& jobs) {
   for (const GramJob& job : jobs) {
     slabs.insert(slabs.end(), job.left.begin(), job.left.end());
     slabs.push_back(job.right);
-    if (!kernel_takes(job.right.size(2))) {
+    if (!kernel_takes(job.right.size(2)) || job.left.size() > kMaxLeft) {
       return Layout::kOther;
     }
   }
@@ -124,11 +125,13 @@ std::vector<at::Tensor> tall_grams(const std::vector<GramJob>& jobs) {
       const int64_t end = std::min(size, begin + kChunk);
       for (size_t j = 0; j < jobs.size(); ++j) {
         const TallMatrix right = layer_matrix(jobs[j].right, layer, wide);
-        float* sums = partial[j].data_ptr<float>() + task * partial[j].stride(1);
-        for (const at::Tensor& slab : jobs[j].left) {
-          gram_kernel(layer_matrix(slab, layer, wide), right, wide, begin, end, sums);
-          sums += slab.size(2) * right.columns;
+        TallMatrix left[kMaxLeft];
+        const auto count = static_cast<int>(jobs[j].left.size());
+        for (int t = 0; t < count; ++t) {
+          left[t] = layer_matrix(jobs[j].left[static_cast<size_t>(t)], layer, wide);
         }
+        gram_kernel(left, count, right, wide, begin, end,
+                    partial[j].data_ptr<float>() + task * partial[j].stride(1));
       }
     }
   });
@@ -152,7 +155,7 @@ void tall_combine(const at::Tensor& weight,
   const at::ScalarType dtype = momentum.scalar_type();
   const Layout layout = common_layout({weight, momentum, basis});
   if (layout == Layout::kOther || !kernel_takes(weight.size(2)) ||
-      weight.size(2) > kMaxCombineColumns) {
+      std::max(weight.size(2), basis.size(2)) > kMaxCombineColumns) {
     at::Tensor sum = at::bmm(weight.to(dtype), narrow(w, dtype));
     sum.baddbmm_(momentum, narrow(m, dtype));
     sum.baddbmm_(basis, narrow(u, dtype));
@@ -233,50 +236,53 @@ void lerp(float* momentum, const float* grad, int64_t count, float step) {
 
 }  // namespace
 
-at::Tensor finite_gradients(const std::vector<at::Tensor>& grads, const at::Tensor& momentum) {
-  const double limit = largest_square(momentum.scalar_type());  // false for NaN, too
-  if (!in_plain_memory(grads, momentum)) {
-    return stack_defined(grads, momentum).flatten(1).square().sum(-1) <= limit;
+at::Tensor momentum_step(const std::vector<at::Tensor>& grads_a,
+                         const at::Tensor& momentum_a,
+                         const std::vector<at::Tensor>& grads_b,
+                         const at::Tensor& momentum_b,
+                         const at::Tensor& wanted,
+                         double beta) {
+  const double limit = largest_square(momentum_a.scalar_type());
+  if (!in_plain_memory(grads_a, momentum_a) || !in_plain_memory(grads_b, momentum_b)) {
+    const at::Tensor slab_a = stack_defined(grads_a, momentum_a);
+    const at::Tensor slab_b = stack_defined(grads_b, momentum_b);
+    const auto in_range = [&](const at::Tensor& slab) {  // false for NaN, too
+      return slab.flatten(1).square().sum(-1) <= limit;
+    };
+    const at::Tensor finite = in_range(slab_a).logical_and(in_range(slab_b));
+    const at::Tensor moves = as_column(finite.logical_and(wanted));
+    momentum_a.lerp_(at::where(moves, slab_a, momentum_a), 1.0 - beta);
+    momentum_b.lerp_(at::where(moves, slab_b, momentum_b), 1.0 - beta);
+    return finite;
   }
-  const auto layers = static_cast<int64_t>(grads.size());
-  at::Tensor finite = at::empty({layers}, momentum.options().dtype(at::kBool));
-  bool* out = finite.data_ptr<bool>();
-  AT_DISPATCH_FLOATING_TYPES(momentum.scalar_type(), "finite_gradients", [&] {
+  const auto layers = static_cast<int64_t>(grads_a.size());
+  at::Tensor finite = at::empty({layers}, wanted.options());
+  bool* ok = finite.data_ptr<bool>();
+  const bool* moves = wanted.const_data_ptr<bool>();
+  AT_DISPATCH_FLOATING_TYPES(momentum_a.scalar_type(), "momentum_step", [&] {
+    const auto step = static_cast<scalar_t>(1.0 - beta);
+    // A layer at a time: the second reading of its gradients comes out of the cache.
     at::parallel_for(0, layers, 1, [&](int64_t begin, int64_t end) {
       for (int64_t l = begin; l < end; ++l) {
-        const at::Tensor& grad = grads[static_cast<size_t>(l)];
-        out[l] = !grad.defined() ||
+        const at::Tensor& a = grads_a[static_cast<size_t>(l)];
+        const at::Tensor& b = grads_b[static_cast<size_t>(l)];
+        const auto in_range = [&](const at::Tensor& grad) {  // false for NaN, too
+          return !grad.defined() ||
                  sum_of_squares(grad.const_data_ptr<scalar_t>(), grad.numel()) <= limit;
+        };
+        ok[l] = in_range(a) && in_range(b);
+        const auto move = [&](const at::Tensor& momentum, const at::Tensor& grad) {
+          lerp(momentum.data_ptr<scalar_t>() + l * momentum.stride(0),
+               grad.const_data_ptr<scalar_t>(), grad.numel(), step);
+        };
+        if (ok[l] && moves[l]) {
+          move(momentum_a, a);
+          move(momentum_b, b);
+        }
       }
     });
   });
   return finite;
-}
-
-void momentum_step(const std::vector<at::Tensor>& grads,
-                   const at::Tensor& ok,
-                   const at::Tensor& momentum,
-                   double beta) {
-  if (!in_plain_memory(grads, momentum)) {
-    const at::Tensor slab = stack_defined(grads, momentum);
-    momentum.lerp_(at::where(as_column(ok), slab, momentum), 1.0 - beta);
-    return;
-  }
-  const bool* wanted = ok.const_data_ptr<bool>();
-  AT_DISPATCH_FLOATING_TYPES(momentum.scalar_type(), "momentum_step", [&] {
-    const auto step = static_cast<scalar_t>(1.0 - beta);
-    auto* slab = momentum.data_ptr<scalar_t>();
-    const int64_t size = momentum.stride(0);
-    at::parallel_for(0, momentum.size(0), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t l = begin; l < end; ++l) {
-        if (!wanted[l]) {
-          continue;
-        }
-        const auto* grad = grads[static_cast<size_t>(l)].const_data_ptr<scalar_t>();
-        lerp(slab + l * size, grad, size, step);
-      }
-    });
-  });
 }
 
 at::Tensor stack_gradients(const std::vector<at::Tensor>& grads,

@@ -31,17 +31,16 @@ void tall_combine(const at::Tensor& weight,
                   const at::Tensor& basis,
                   const at::Tensor& u);
 
-/// (L) bool: a layer's gradient holds no NaN or inf and is not so large that its Grams overflow.
-/// Undefined gradients count as finite.
-/// @param momentum the slab that the gradients belong to.
-at::Tensor finite_gradients(const std::vector<at::Tensor>& grads, const at::Tensor& momentum);
-
-/// momentum <- beta momentum + (1 - beta) grads for the layers in `ok` (L) bool; others stay bit
-/// for bit.
-void momentum_step(const std::vector<at::Tensor>& grads,
-                   const at::Tensor& ok,
-                   const at::Tensor& momentum,
-                   double beta);
+/// momentum <- beta momentum + (1 - beta) grads of both sides, for the layers that are in `wanted`
+/// (L) bool and whose two gradients are finite and not so large that their Grams overflow; other
+/// layers stay bit for bit.
+/// @return (L) bool: both gradients are finite and in range; undefined ones count as such.
+at::Tensor momentum_step(const std::vector<at::Tensor>& grads_a,
+                         const at::Tensor& momentum_a,
+                         const std::vector<at::Tensor>& grads_b,
+                         const at::Tensor& momentum_b,
+                         const at::Tensor& wanted,
+                         double beta);
 
 /// Gradients as one slab like `like`; layers that are not ok, or have none, are zero.
 at::Tensor stack_gradients(const std::vector<at::Tensor>& grads,

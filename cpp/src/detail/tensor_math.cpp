@@ -47,16 +47,16 @@ at::Tensor inner(const at::Tensor& x, const at::Tensor& y) {
   return (x * y).flatten(1).sum(-1);
 }
 
-namespace {
-
-// On a CPU the info codes are in our memory: reading them is no synchronisation.
-bool known_to_be_zero(const at::Tensor& info) {
-  if (!info.is_cpu()) {
+bool known_to_be_true(const at::Tensor& mask) {
+  if (!mask.is_cpu()) {
     return false;
   }
-  const auto* begin = info.const_data_ptr<int32_t>();
-  return std::all_of(begin, begin + info.numel(), [](int32_t code) { return code == 0; });
+  const at::Tensor flat = mask.contiguous();
+  const bool* begin = flat.const_data_ptr<bool>();
+  return std::all_of(begin, begin + flat.numel(), [](bool holds) { return holds; });
 }
+
+namespace {
 
 at::Tensor identity_like(const at::Tensor& matrix) {
   return at::eye(matrix.size(-1), matrix.options()).expand_as(matrix);
@@ -71,12 +71,11 @@ Cholesky robust_cholesky(const at::Tensor& gram, double eps) {
   auto [factor, info] = at::linalg_cholesky_ex(safe);
   at::Tensor ok = info.eq(0);
   double jitter = 10.0 * eps;
-  for (int attempt = 0; attempt < 3 && !known_to_be_zero(info); ++attempt, jitter *= 10.0) {
+  for (int attempt = 0; attempt < 3 && !known_to_be_true(ok); ++attempt, jitter *= 10.0) {
     const at::Tensor shift = safe.diagonal(0, -2, -1).abs().mean(-1) * jitter;
     auto [retry, retry_info] = at::linalg_cholesky_ex(safe + as_column(shift) * identity);
     factor = select_layers(ok, factor, retry);
     ok = ok.logical_or(retry_info.eq(0));
-    info = retry_info;
   }
   ok = ok.logical_and(finite);
   return {select_layers(ok, factor, identity), ok};

@@ -3,6 +3,9 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+
+#include <vector>
 
 namespace ctrlora::detail {
 
@@ -30,8 +33,23 @@ inline at::Tensor as_column(const at::Tensor& x) {
   return x.unsqueeze(-1).unsqueeze(-1);
 }
 
+/// One tensor field of several structs, along the layer dimension.
+template <typename T>
+at::Tensor cat(const std::vector<T>& parts, at::Tensor T::* field) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(parts.size());
+  for (const T& part : parts) {
+    tensors.push_back(part.*field);
+  }
+  return at::cat(tensors, 0);
+}
+
 /// Sum of x * y over all but the layer dimension.
 at::Tensor inner(const at::Tensor& x, const at::Tensor& y);
+
+/// Whether every entry of a bool tensor holds, as far as that can be told without synchronising: on a
+/// CPU the entries are in our memory, elsewhere the answer is no.
+bool known_to_be_true(const at::Tensor& mask);
 
 struct Cholesky {
   at::Tensor factor;  // (L, r, r) lower

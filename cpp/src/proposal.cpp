@@ -1,0 +1,102 @@
+#include "ctrlora/proposal.h"
+
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+#include "detail/tensor_math.h"
+
+namespace ctrlora {
+
+namespace {
+
+template <typename T>
+std::vector<T> fields(const std::vector<Measurement>& parts, T Measurement::* field) {
+  std::vector<T> out;
+  out.reserve(parts.size());
+  for (const Measurement& part : parts) {
+    out.push_back(part.*field);
+  }
+  return out;
+}
+
+
+}  // namespace
+
+Measurement Measurement::cat(const std::vector<Measurement>& parts) {
+  if (parts.size() == 1) {
+    return parts.front();
+  }
+  const auto joined = [&](at::Tensor Measurement::* field) { return detail::cat(parts, field); };
+  return {SideProducts::cat(fields(parts, &Measurement::input)),
+          SideProducts::cat(fields(parts, &Measurement::output)),
+          SideMetric::cat(fields(parts, &Measurement::input_metric)),
+          SideMetric::cat(fields(parts, &Measurement::output_metric)),
+          joined(&Measurement::scaling),
+          joined(&Measurement::momentum_factor),
+          joined(&Measurement::radius),
+          joined(&Measurement::direction_rms),
+          joined(&Measurement::live),
+          joined(&Measurement::absolute),
+          parts.front().rounding};
+}
+
+Proposal propose(const Measurement& measured, const Options& options) {
+  const detail::NumericsGuard guard;
+  const SideProducts input = measured.input.scale_momentum(measured.momentum_factor);
+  const SideProducts output = measured.output.scale_momentum(measured.momentum_factor);
+  Proposal out;
+  out.step = tangent_step(input, measured.input_metric, output, measured.output_metric,
+                          measured.scaling, options.gram_floor, measured.rounding);
+  out.input_grams = step_grams(input, out.step.a);
+  out.output_grams = step_grams(output, out.step.b);
+  const StepGrams input_omega = out.input_grams.in(measured.input_metric.plain);
+  out.output_norm = squared_norm(input_omega, out.output_grams, measured.scaling);
+  out.fisher_norm =
+      squared_norm(input_omega, out.output_grams.in(measured.output_metric.plain), measured.scaling)
+          .where(measured.absolute);
+  out.radius = measured.radius;
+  out.momentum_factor = measured.momentum_factor;
+  const at::Tensor size = options.step_length == "radius" ? out.output_norm.c2.clamp_min(0).sqrt()
+                                                          : measured.direction_rms;
+  const at::Tensor planned = measured.radius / size;
+  const at::Tensor usable = planned.isfinite();
+  const at::Tensor zero = at::zeros({}, planned.options());
+  out.length =
+      inside_ball(out.output_norm, measured.radius, at::where(usable, planned, zero));
+  out.live = measured.live;
+  out.sound = out.step.ok.logical_and(out.length.isfinite());
+  out.ok = out.live.logical_and(out.sound).logical_and(usable);
+  out.length = at::where(out.ok, out.length, zero);
+  return out;
+}
+
+DirectionSquare direction_square(const Measurement& measured, const Options& options) {
+  const detail::NumericsGuard guard;
+  const TangentStep step =
+      tangent_step(measured.input, measured.input_metric, measured.output, measured.output_metric,
+                   measured.scaling, options.gram_floor, measured.rounding);
+  const StepGrams input = step_grams(measured.input, step.a).in(measured.input_metric.plain);
+  const at::Tensor square =
+      squared_norm(input, step_grams(measured.output, step.b), measured.scaling).c2;
+  return {square, step.ok.logical_and(square.isfinite())};
+}
+
+Proposal Proposal::slice(int64_t begin, int64_t end) const {
+  const auto part = [&](const at::Tensor& x) { return x.slice(0, begin, end); };
+  Proposal out;
+  out.step = {step.a.slice(begin, end), step.b.slice(begin, end), part(step.predicted_decrease),
+              part(step.ok)};
+  out.input_grams = input_grams.slice(begin, end);
+  out.output_grams = output_grams.slice(begin, end);
+  out.output_norm = output_norm.slice(begin, end);
+  out.fisher_norm = fisher_norm.slice(begin, end);
+  out.radius = part(radius);
+  out.momentum_factor = part(momentum_factor);
+  out.length = part(length);
+  out.ok = part(ok);
+  out.live = part(live);
+  out.sound = part(sound);
+  return out;
+}
+
+}  // namespace ctrlora
