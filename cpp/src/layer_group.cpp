@@ -259,8 +259,9 @@ void LayerGroup::apply(const Proposal& proposal,
   const auto move = [&](const SideStep& step, const PlainStepGrams& grams, const SideProducts& kept,
                         const at::Tensor& weight, const at::Tensor& momentum,
                         const at::Tensor& basis) {
-    detail::tall_combine(weight, decay * identity + step.weight * f, momentum,
-                         step.momentum * momentum_f, basis, step.basis * f);
+    detail::tall_combine({{weight, decay * identity + step.weight * f},
+                          {momentum, step.momentum * momentum_f},
+                          {basis, step.basis * f}});
     // W <- decay W + f delta, carried over to W^T W and U^T W.
     kept.ww.copy_(decay.square() * grams.ww + decay * f * (grams.wd + grams.wd.mT()) +
                   f.square() * grams.dd);

@@ -1,10 +1,13 @@
 #include "ctrlora/low_rank_eigen.h"
 
 #include <ATen/ops/bmm.h>
+#include <ATen/ops/diag_embed.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
@@ -23,6 +26,7 @@ namespace ctrlora {
 
 using detail::as_column;
 using detail::select_layers;
+using detail::small_bmm;
 
 PowerCoefficients PowerCoefficients::slice(int64_t begin, int64_t end) const {
   return {tail.slice(0, begin, end), diag.slice(0, begin, end)};
@@ -81,16 +85,80 @@ FactorSketch LowRankEigen::sketch(const at::Tensor& rows, const at::Tensor& row_
   const at::Tensor weights = row_weights.to(rows.scalar_type()).unsqueeze(-1);
   FactorSketch sums;
   sums.product = at::bmm(rows.mT(), coordinates * weights);
-  sums.trace = (rows.square().sum(-1, /*keepdim=*/false, at::kDouble) * row_weights).sum(-1);
+  sums.trace = (detail::row_squares(rows) * row_weights).sum(-1);
   sums.weight = row_weights.sum(-1);
   return sums;
 }
 
+namespace {
+
+// Products of the present basis U and the new rows' part Y of F U, all (L, k, k).
+struct JointGram {
+  at::Tensor uu, uy, yy;
+
+  JointGram(const at::Tensor& basis, const at::Tensor& fresh) {
+    const int64_t k = basis.size(2);
+    const std::vector<at::Tensor> grams =
+        detail::tall_grams({{{basis, fresh}, fresh}, {{basis}, basis}});
+    uy = grams[0].slice(1, 0, k);
+    yy = grams[0].slice(1, k);
+    uu = grams[1];
+  }
+};
+
+at::Tensor symmetric(const at::Tensor& x) {
+  return (x + x.mT()) * 0.5;
+}
+
+struct Nystrom {
+  at::Tensor map;     // (L, k, k): the new basis is range @ map
+  at::Tensor values;  // (L, k)
+  at::Tensor ok;      // (L) bool
+};
+
+// Nystrom approximation P K^-1 P^T of F from P = F U = U kept + Y, for F of mean eigenvalue 1.
+// Everything but two combinations of U and Y is rank-space algebra on their Grams.
+// @param fresh Y; becomes the range of P, orthonormal up to the second Cholesky-QR pass.
+Nystrom nystrom(const at::Tensor& basis, const at::Tensor& fresh, const at::Tensor& kept) {
+  const double eps = basis.scalar_type() == at::kDouble ? 1e-15 : 1e-7;
+  const JointGram gram(basis, fresh);
+  const at::Tensor up = gram.uu * kept.unsqueeze(1) + gram.uy;       // U^T P
+  const at::Tensor yp = gram.uy.mT() * kept.unsqueeze(1) + gram.yy;  // Y^T P
+  const at::Tensor core = symmetric(up);
+
+  // Columns C = (P + mu U) / (K_jj + mu) are near orthonormal when U is warm; mu is the damping's
+  // size: what lies below it need not be told apart.
+  constexpr double kMu = 0.01;
+  const at::Tensor unit = 1 / (core.diagonal(0, -2, -1).clamp_min(0) + kMu);
+  const at::Tensor of_u = ((kept + kMu) * unit).unsqueeze(-1);
+  const at::Tensor of_y = unit.unsqueeze(-1);
+  const at::Tensor cross = gram.uy * of_u * of_y.mT();
+  const detail::OrthonormalMap first = detail::orthonormal_map(
+      gram.uu * of_u * of_u.mT() + cross + cross.mT() + gram.yy * of_y * of_y.mT(), eps);
+  detail::tall_combine({{fresh, of_y * first.map}, {basis, of_u * first.map}});
+  const detail::OrthonormalMap second =
+      detail::orthonormal_map(detail::tall_gram(fresh, fresh), eps);
+
+  const at::Tensor projected =
+      small_bmm(small_bmm(first.map, second.map).mT(), of_u * up + of_y * yp);
+  const at::Tensor shift = core.diagonal(0, -2, -1).mean(-1) * eps;
+  const detail::Cholesky cholesky =
+      detail::robust_cholesky(core + at::diag_embed(shift.unsqueeze(-1).expand_as(kept)), eps);
+  const at::Tensor half =
+      at::linalg_solve_triangular(cholesky.factor, projected.mT(), /*upper=*/false);
+  const at::Tensor inside = small_bmm(half.mT(), half);
+  const detail::Eigh eigh = detail::symmetric_eigh(inside);
+  return {small_bmm(second.map, eigh.vectors), eigh.values,
+          first.ok.logical_and(second.ok)
+              .logical_and(cholesky.ok)
+              .logical_and(detail::finite_layers(inside))};
+}
+
+}  // namespace
+
 at::Tensor LowRankEigen::update(const FactorSketch& sketch,
                                 const at::Tensor& keep,
                                 const at::Tensor& scale) {
-  const at::ScalarType dtype = basis_.scalar_type();
-  const double eps = dtype == at::kDouble ? 1e-15 : 1e-7;
   at::Tensor live = (sketch.weight > 0)
                         .logical_and(sketch.trace > 0)
                         .logical_and(keep < 1)
@@ -99,47 +167,37 @@ at::Tensor LowRankEigen::update(const FactorSketch& sketch,
   const at::Tensor fresh =
       at::where(live, (1 - keep) * scale / sketch.weight, at::zeros_like(keep));
   const at::Tensor old = at::where(live, keep, at::ones_like(keep));
-
-  // Y = F U, K = U^T F U for the averaged factor F.
-  const at::Tensor product = basis_ * (old.unsqueeze(-1) * eigenvalues_).unsqueeze(1).to(dtype) +
-                             select_layers(live, sketch.product, at::zeros_like(sketch.product)) *
-                                 as_column(fresh).to(dtype);
   const at::Tensor trace =
       old * trace_ + fresh * at::where(live, sketch.trace, at::zeros_like(trace_));
-  at::Tensor core = detail::tall_gram(basis_, product);
-  core = (core + core.mT()) * 0.5;
 
-  at::Tensor basis, values;
+  // In units of the mean eigenvalue, so that squares of small gradients stay in range.
+  const at::Tensor mean = (trace / static_cast<double>(size())).clamp_min(1e-300);
+  const at::Tensor kept = (old / mean).unsqueeze(-1) * eigenvalues_;
+  at::Tensor rows = at::empty_like(basis_);  // in the basis' layout
+  at::mul_out(rows,
+              detail::known_to_be_true(live)
+                  ? sketch.product
+                  : select_layers(live, sketch.product, at::zeros({}, sketch.product.options())),
+              as_column(fresh / mean).to(rows.scalar_type()));
+  at::Tensor values;
+  const at::Tensor identity = at::eye(sketch_rank(), kept.options()).expand({layers(), -1, -1});
   if (sketch_rank() == size()) {  // complete basis: K is the factor itself
-    const detail::Eigh eigh = detail::symmetric_eigh(core);
+    const JointGram gram(basis_, rows);
+    const at::Tensor core = symmetric(gram.uu * kept.unsqueeze(1) + gram.uy);
     live = live.logical_and(detail::finite_layers(core));
-    basis = at::bmm(basis_, eigh.vectors.to(dtype));
+    const detail::Eigh eigh = detail::symmetric_eigh(core);
+    detail::tall_combine({{basis_, select_layers(live, eigh.vectors, identity)}});
     values = eigh.values;
   } else {
-    // Columns of F U + mu U, near orthonormal once scaled by 1 / (K_jj + mu); mu is the damping's
-    // size: what lies below it need not be told apart.
-    const at::Tensor mu = 0.01 * trace / static_cast<double>(size());
-    const at::Tensor unit = 1 / (core.diagonal(0, -2, -1).clamp_min(0) + mu.unsqueeze(-1));
-    const at::Tensor columns =
-        (product + basis_ * as_column(mu).to(dtype)) * unit.unsqueeze(1).to(dtype);
-    const detail::Orthonormal range = detail::orthonormalize(columns);
-    // Nystrom: Y K^-1 Y^T in the new basis, T = Q^T Y.
-    const at::Tensor projected = detail::tall_gram(range.basis, product);
-    const at::Tensor shift = core.diagonal(0, -2, -1).mean(-1) * eps;
-    const detail::Cholesky cholesky = detail::robust_cholesky(
-        core + as_column(shift) * at::eye(sketch_rank(), core.options()), eps);
-    const at::Tensor half =
-        at::linalg_solve_triangular(cholesky.factor, projected.mT(), /*upper=*/false);
-    const at::Tensor inside = detail::small_bmm(half.mT(), half);
-    const detail::Eigh eigh = detail::symmetric_eigh(inside);
-    live = live.logical_and(range.ok)
-               .logical_and(cholesky.ok)
-               .logical_and(detail::finite_layers(inside));
-    basis = at::bmm(range.basis, eigh.vectors.to(dtype));
-    values = eigh.values;
+    const Nystrom next = nystrom(basis_, rows, kept);
+    live = live.logical_and(next.ok);
+    const at::Tensor zero = at::zeros({}, kept.options());
+    detail::tall_combine({{basis_, select_layers(live, zero, identity)},
+                          {rows, select_layers(live, next.map, zero)}});
+    values = next.values;
   }
-  basis_.copy_(select_layers(live, basis, basis_));
-  eigenvalues_.copy_(select_layers(live, values.clamp_min(0), eigenvalues_));
+  values = values.clamp_min(0) * mean.unsqueeze(-1);
+  eigenvalues_.copy_(select_layers(live, values, eigenvalues_));
   trace_.copy_(at::where(live, trace, trace_));
   return (fresh > 0).logical_and(live.logical_not());
 }

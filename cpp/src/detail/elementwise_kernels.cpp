@@ -15,7 +15,7 @@ CTRLORA_INLINE void lerp_body(float* momentum, const float* grad, int64_t count,
   }
 }
 
-CTRLORA_INLINE float squares_body(const float* values, int64_t count) {
+CTRLORA_INLINE double squares_body(const float* values, int64_t count) {
   using V = Vector<16>::type;
   V sums[4] = {};  // independent chains hide the latency
   int64_t i = 0;
@@ -28,18 +28,18 @@ CTRLORA_INLINE float squares_body(const float* values, int64_t count) {
   }
   float lanes[64];
   std::memcpy(lanes, sums, sizeof(lanes));
-  float sum = 0;
+  double sum = 0;
   for (const float lane : lanes) {
-    sum += lane;
+    sum += static_cast<double>(lane);
   }
   for (; i < count; ++i) {
-    sum += values[i] * values[i];
+    sum += static_cast<double>(values[i]) * static_cast<double>(values[i]);
   }
   return sum;
 }
 
 using Lerp = void (*)(float*, const float*, int64_t, float);
-using Squares = float (*)(const float*, int64_t);
+using Squares = double (*)(const float*, int64_t);
 
 struct Kernels {
   Lerp lerp;
@@ -49,7 +49,7 @@ struct Kernels {
 void lerp_default(float* momentum, const float* grad, int64_t count, float step) {
   lerp_body(momentum, grad, count, step);
 }
-float squares_default(const float* values, int64_t count) {
+double squares_default(const float* values, int64_t count) {
   return squares_body(values, count);
 }
 #if defined(__x86_64__)
@@ -59,7 +59,7 @@ __attribute__((target("avx2,fma"))) void lerp_avx2(float* momentum,
                                                    float step) {
   lerp_body(momentum, grad, count, step);
 }
-__attribute__((target("avx2,fma"))) float squares_avx2(const float* values, int64_t count) {
+__attribute__((target("avx2,fma"))) double squares_avx2(const float* values, int64_t count) {
   return squares_body(values, count);
 }
 __attribute__((target("avx512f,fma"))) void lerp_avx512(float* momentum,
@@ -68,7 +68,7 @@ __attribute__((target("avx512f,fma"))) void lerp_avx512(float* momentum,
                                                         float step) {
   lerp_body(momentum, grad, count, step);
 }
-__attribute__((target("avx512f,fma"))) float squares_avx512(const float* values, int64_t count) {
+__attribute__((target("avx512f,fma"))) double squares_avx512(const float* values, int64_t count) {
   return squares_body(values, count);
 }
 #endif
@@ -96,7 +96,7 @@ void lerp_kernel(float* momentum, const float* grad, int64_t count, float step) 
   kernels().lerp(momentum, grad, count, step);
 }
 
-float squares_kernel(const float* values, int64_t count) {
+double squares_kernel(const float* values, int64_t count) {
   return kernels().squares(values, count);
 }
 

@@ -10,6 +10,6 @@ namespace ctrlora::detail {
 void lerp_kernel(float* momentum, const float* grad, int64_t count, float step);
 
 /// Sum of squares.
-float squares_kernel(const float* values, int64_t count);
+double squares_kernel(const float* values, int64_t count);
 
 }  // namespace ctrlora::detail

@@ -53,6 +53,19 @@ FactorSketch select_sketch(const at::Tensor& mask,
           at::where(mask, yes.weight, no.weight)};
 }
 
+// Rows that hold a non-finite number, or overflow, become zero.
+PendingObservations::Rows finite_rows(const at::Tensor& values) {
+  const at::Tensor squares = row_squares(values).unsqueeze(0);
+  PendingObservations::Rows rows;
+  rows.finite = at::isfinite(squares);
+  rows.values = values.unsqueeze(0);
+  rows.nonzero = squares > 0;
+  if (!known_to_be_true(rows.finite)) {
+    rows.values = at::where(rows.finite.unsqueeze(-1), rows.values, at::zeros({}, values.options()));
+  }
+  return rows;
+}
+
 }  // namespace
 
 PendingObservations::PendingObservations(int64_t layers, const Options& options)
@@ -78,7 +91,7 @@ bool PendingObservations::joins(int64_t layer) const {
 
 FactorSketch PendingObservations::input_sketch(int64_t layer,
                                                const Observation& observation,
-                                               const at::Tensor& weights,
+                                               const Rows& rows,
                                                KroneckerFactors& factors) {
   auto* set = share_set_.data_ptr<int64_t>() + layer;
   const bool same_input = last_.inputs.defined() && last_.inputs.is_same(observation.inputs);
@@ -87,12 +100,8 @@ FactorSketch PendingObservations::input_sketch(int64_t layer,
     *set = same_input && joins(layer) ? last_.set : layer;
   }
   LowRankEigen factor = factors.input.slice(layer, layer + 1);
-  const at::Tensor rows =
-      select_layers(weights > 0, observation.inputs.to(factor.basis().scalar_type()),
-                    at::zeros({1, 1}, factor.basis().options()))
-          .unsqueeze(0);
   if (!started_[static_cast<size_t>(layer)]) {
-    factor.start_basis(rows, at::ones({1}, rows.options().dtype(at::kBool)), seed_);
+    factor.start_basis(rows.values, at::ones({1}, rows.finite.options()), seed_);
   }
   if (same_input && *set == last_.set) {
     return last_.sketch;
@@ -100,7 +109,7 @@ FactorSketch PendingObservations::input_sketch(int64_t layer,
   if (!first && *set != layer && *set == last_.set) {
     *set = layer;  // another input than the rest of its set: on its own from now on
   }
-  last_ = {observation.inputs, *set, factor.sketch(rows, weights.unsqueeze(0))};
+  last_ = {observation.inputs, *set, factor.sketch(rows.values, rows.weights)};
   return last_.sketch;
 }
 
@@ -115,22 +124,21 @@ void PendingObservations::add(int64_t layer,
     return;  // a model in the middle of a move, or a module whose output is not this layer's
   }
   const at::ScalarType dtype = output.basis().scalar_type();
-  at::Tensor grads = observation.output_grads.to(dtype);
+  Rows inputs = finite_rows(observation.inputs.to(dtype));
+  Rows grads = finite_rows(observation.output_grads.to(dtype));
   // Rows without a gradient (padding, ignored labels) and rows with non-finite numbers do not
   // count.
-  const at::Tensor largest = grads.abs().amax(-1);
-  const at::Tensor counts = (largest > 0)
-                                .logical_and(at::isfinite(largest))
-                                .logical_and(at::isfinite(observation.inputs).all(-1));
+  const at::Tensor counts =
+      grads.nonzero.logical_and(grads.finite).logical_and(inputs.finite).squeeze(0);
   const at::Tensor weights = counts.to(at::kDouble) * observation.row_weight;
-  grads = select_layers(counts, grads, at::zeros({1, 1}, grads.options())).unsqueeze(0);
+  inputs.weights = grads.weights = weights.unsqueeze(0);
 
   Sums& sums = sums_[static_cast<size_t>(layer)];
-  add_sketch(sums.input, input_sketch(layer, observation, weights, factors));
+  add_sketch(sums.input, input_sketch(layer, observation, inputs, factors));
   if (!started_[static_cast<size_t>(layer)]) {
-    output.start_basis(grads, at::ones({1}, grads.options().dtype(at::kBool)), seed_);
+    output.start_basis(grads.values, at::ones({1}, counts.options()), seed_);
   }
-  add_sketch(sums.output, output.sketch(grads, weights.unsqueeze(0)));
+  add_sketch(sums.output, output.sketch(grads.values, grads.weights));
   const at::Tensor base = observation.base_square.defined()
                               ? at::where(counts, observation.base_square.to(at::kDouble) * weights,
                                           at::zeros_like(weights))

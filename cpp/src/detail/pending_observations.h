@@ -17,6 +17,13 @@ namespace ctrlora::detail {
 /// Thread-safe: backwards may run on several autograd threads.
 class PendingObservations {
  public:
+  /// Rows of one layer as one batch: all tensors (1, R) or (1, R, d).
+  struct Rows {
+    at::Tensor values;
+    at::Tensor weights;          // rows each one stands for, float64; 0: does not count
+    at::Tensor finite, nonzero;  // bool
+  };
+
   PendingObservations(int64_t layers, const Options& options);
 
   [[nodiscard]] int64_t micro_batch(int64_t layer) const;
@@ -58,7 +65,7 @@ class PendingObservations {
   };
   [[nodiscard]] FactorSketch input_sketch(int64_t layer,
                                           const Observation& observation,
-                                          const at::Tensor& weights,
+                                          const Rows& rows,
                                           KroneckerFactors& factors);
   [[nodiscard]] bool joins(int64_t layer) const;
 

@@ -5,6 +5,7 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -22,6 +23,8 @@ namespace {
 // Rows of one task: small enough to balance, large enough to amortise.
 constexpr int64_t kChunk = kGramRows;
 constexpr int kMaxLeft = 3;  // left sides of one job
+constexpr int kMaxTerms = 3;
+constexpr int64_t kGrain = 32768;  // elements worth a thread, as in ATen
 
 // At B = 0 the coefficients of an exactly zero momentum are 1e60: in range for float64 only.
 at::Tensor narrow(const at::Tensor& coefficients, at::ScalarType dtype) {
@@ -146,35 +149,39 @@ at::Tensor tall_gram(const at::Tensor& x, const at::Tensor& y) {
   return tall_grams({{{x}, y}}).front();
 }
 
-void tall_combine(const at::Tensor& weight,
-                  const at::Tensor& w,
-                  const at::Tensor& momentum,
-                  const at::Tensor& m,
-                  const at::Tensor& basis,
-                  const at::Tensor& u) {
-  const at::ScalarType dtype = momentum.scalar_type();
-  const Layout layout = common_layout({weight, momentum, basis});
-  if (layout == Layout::kOther || !kernel_takes(weight.size(2)) ||
-      std::max(weight.size(2), basis.size(2)) > kMaxCombineColumns) {
-    at::Tensor sum = at::bmm(weight.to(dtype), narrow(w, dtype));
-    sum.baddbmm_(momentum, narrow(m, dtype));
-    sum.baddbmm_(basis, narrow(u, dtype));
-    weight.copy_(sum);
+void tall_combine(const std::vector<Term>& terms) {
+  const at::Tensor& out = terms.front().slab;
+  const at::ScalarType dtype = terms.back().slab.scalar_type();
+  std::vector<at::Tensor> slabs, coefficients;
+  bool taken = kernel_takes(out.size(2)) && terms.size() <= kMaxTerms;
+  for (const Term& term : terms) {
+    slabs.push_back(term.slab);
+    coefficients.push_back(term.coefficients);
+    taken = taken && term.slab.size(2) <= kMaxCombineColumns;
+  }
+  const Layout layout = common_layout(slabs);
+  if (layout == Layout::kOther || !taken) {
+    at::Tensor sum = at::bmm(out.to(dtype), narrow(coefficients.front(), dtype));
+    for (size_t t = 1; t < terms.size(); ++t) {
+      sum.baddbmm_(slabs[t], narrow(coefficients[t], dtype));
+    }
+    out.copy_(sum);
     return;
   }
   const bool wide = layout == Layout::kWide;
-  const at::Tensor coefficients = narrow(at::cat({w, m, u}, 1), dtype).contiguous();
-  const int64_t size = weight.size(1);
+  const at::Tensor joint = narrow(at::cat(coefficients, 1), dtype).contiguous();
+  const int64_t size = out.size(1);
   const int64_t chunks = (size + kChunk - 1) / kChunk;
-  at::parallel_for(0, weight.size(0) * chunks, 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, out.size(0) * chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t layer = task / chunks;
       const int64_t begin = task % chunks * kChunk;
-      const TallMatrix terms[] = {layer_matrix(weight, layer, wide),
-                                  layer_matrix(momentum, layer, wide),
-                                  layer_matrix(basis, layer, wide)};
-      combine_kernel(terms, 3, wide,
-                     coefficients.const_data_ptr<float>() + layer * coefficients.stride(0), begin,
+      TallMatrix matrices[kMaxTerms];
+      for (size_t t = 0; t < slabs.size(); ++t) {
+        matrices[t] = layer_matrix(slabs[t], layer, wide);
+      }
+      combine_kernel(matrices, static_cast<int>(slabs.size()), wide,
+                     joint.const_data_ptr<float>() + layer * joint.stride(0), begin,
                      std::min(size, begin + kChunk));
     }
   });
@@ -220,7 +227,7 @@ double sum_of_squares(const double* values, int64_t count) {
   return sum;
 }
 
-float sum_of_squares(const float* values, int64_t count) {
+double sum_of_squares(const float* values, int64_t count) {
   return squares_kernel(values, count);
 }
 
@@ -235,6 +242,24 @@ void lerp(float* momentum, const float* grad, int64_t count, float step) {
 }
 
 }  // namespace
+
+at::Tensor row_squares(const at::Tensor& rows) {
+  if (!rows.is_cpu() || !rows.is_contiguous() || rows.scalar_type() != at::kFloat) {
+    return at::linalg_vector_norm(rows, 2, {-1}, /*keepdim=*/false, at::kDouble).square();
+  }
+  const int64_t size = rows.size(-1);
+  at::Tensor out = at::empty(rows.sizes().slice(0, static_cast<size_t>(rows.dim() - 1)),
+                             rows.options().dtype(at::kDouble));
+  const auto* from = rows.const_data_ptr<float>();
+  auto* to = out.data_ptr<double>();
+  at::parallel_for(0, out.numel(), kGrain / std::max<int64_t>(size, 1) + 1,
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; ++i) {
+                       to[i] = sum_of_squares(from + i * size, size);
+                     }
+                   });
+  return out;
+}
 
 at::Tensor momentum_step(const std::vector<at::Tensor>& grads_a,
                          const at::Tensor& momentum_a,

@@ -21,15 +21,18 @@ std::vector<at::Tensor> tall_grams(const std::vector<GramJob>& jobs);
 /// x^T y for x (L, d, p), y (L, d, q) of any strides: (L, p, q) float64.
 at::Tensor tall_gram(const at::Tensor& x, const at::Tensor& y);
 
-/// W <- W w + M m + U u in place, for W, M (L, d, r), U (L, d, k) of any strides and float64
-/// coefficients w, m (L, r, r), u (L, k, r). W may be of a narrower dtype than M and U; sums run in
-/// theirs.
-void tall_combine(const at::Tensor& weight,
-                  const at::Tensor& w,
-                  const at::Tensor& momentum,
-                  const at::Tensor& m,
-                  const at::Tensor& basis,
-                  const at::Tensor& u);
+/// Squared norms of rows (..., d): (...) float64; inf or NaN where a row holds one, or overflows.
+at::Tensor row_squares(const at::Tensor& rows);
+
+/// A slab (L, d, p) and its coefficients (L, p, r) float64.
+struct Term {
+  at::Tensor slab;
+  at::Tensor coefficients;
+};
+
+/// First slab <- sum of slab @ coefficients over the terms, in place, at most three of them. Its
+/// dtype may be narrower than the others'; sums run in the second one's.
+void tall_combine(const std::vector<Term>& terms);
 
 /// momentum <- beta momentum + (1 - beta) grads of both sides, for the layers that are in `wanted`
 /// (L) bool and whose two gradients are finite and not so large that their Grams overflow; other

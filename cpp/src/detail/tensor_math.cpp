@@ -38,7 +38,7 @@ at::Tensor finite_layers(const at::Tensor& x) {
 }
 
 at::Tensor select_layers(const at::Tensor& mask, const at::Tensor& yes, const at::Tensor& no) {
-  std::vector<int64_t> shape(static_cast<size_t>(yes.dim()), 1);
+  std::vector<int64_t> shape(static_cast<size_t>(std::max(yes.dim(), no.dim())), 1);
   shape[0] = mask.size(0);
   return at::where(mask.view(shape), yes, no);
 }
@@ -91,26 +91,25 @@ Eigh symmetric_eigh(const at::Tensor& matrix) {
   return {values, vectors};
 }
 
+OrthonormalMap orthonormal_map(const at::Tensor& gram, double eps) {
+  const at::Tensor scale = gram.diagonal(0, -2, -1).clamp_min(1e-300).rsqrt();
+  const at::Tensor unit = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2);
+  const Cholesky cholesky = robust_cholesky(unit, eps);
+  const at::Tensor inverse =
+      at::linalg_solve_triangular(cholesky.factor, identity_like(gram), /*upper=*/false);
+  return {scale.unsqueeze(-1) * inverse.mT(), cholesky.ok};
+}
+
 Orthonormal orthonormalize(const at::Tensor& columns) {
-  at::Tensor basis = columns;
-  at::Tensor transform = identity_like(at::zeros(
-      {columns.size(0), columns.size(2), columns.size(2)}, columns.options().dtype(at::kDouble)));
-  at::Tensor ok;
   const double eps = columns.scalar_type() == at::kDouble ? 1e-16 : 1e-7;
+  at::Tensor basis = columns;
+  at::Tensor ok;
   for (int pass = 0; pass < 2; ++pass) {
-    const at::Tensor gram = tall_gram(basis, basis);
-    const at::Tensor scale = gram.diagonal(0, -2, -1).clamp_min(1e-300).rsqrt();
-    const at::Tensor unit = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2);
-    const Cholesky cholesky = robust_cholesky(unit, eps);
-    // columns @ diag(scale) @ factor^-T
-    const at::Tensor step =
-        scale.unsqueeze(-1) *
-        at::linalg_solve_triangular(cholesky.factor, identity_like(gram), /*upper=*/false).mT();
-    basis = at::bmm(basis, step.to(basis.scalar_type()));
-    transform = small_bmm(transform, step);
-    ok = pass == 0 ? cholesky.ok : ok.logical_and(cholesky.ok);
+    const OrthonormalMap step = orthonormal_map(tall_gram(basis, basis), eps);
+    basis = at::bmm(basis, step.map.to(basis.scalar_type()));
+    ok = pass == 0 ? step.ok : ok.logical_and(step.ok);
   }
-  return {basis, transform, ok};
+  return {basis, ok};
 }
 
 }  // namespace ctrlora::detail

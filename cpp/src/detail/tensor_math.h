@@ -72,10 +72,19 @@ struct Eigh {
 /// beforehand).
 Eigh symmetric_eigh(const at::Tensor& matrix);
 
+struct OrthonormalMap {
+  at::Tensor map;  // (L, k, k) float64
+  at::Tensor ok;   // (L) bool; elsewhere some invertible map
+};
+
+/// Map that makes columns with this Gram (L, k, k) orthonormal, up to the Gram's rounding times its
+/// condition number: Cholesky-QR with columns scaled to unit length. @param eps rounding unit of the
+/// columns' dtype.
+OrthonormalMap orthonormal_map(const at::Tensor& gram, double eps);
+
 struct Orthonormal {
-  at::Tensor basis;      // (L, d, k)
-  at::Tensor transform;  // (L, k, k) float64: basis = input @ transform
-  at::Tensor ok;         // (L) bool
+  at::Tensor basis;  // (L, d, k)
+  at::Tensor ok;     // (L) bool
 };
 
 /// CholeskyQR2 with column scaling (Yamamoto et al. 2015): two passes, each one Gram and one
