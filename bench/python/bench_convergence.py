@@ -1,6 +1,6 @@
 """Steps to AdamW's best final loss on the demo's job: target 0.6 of AdamW's, three seeds.
 
-    python bench/python/bench_convergence.py [--seeds 0 1 2] [--steps 80] [--out FILE]
+    python bench/python/bench_convergence.py [--seeds 0 1 2] [--steps 120] [--out FILE]
 
 A seed sets the adapters' initial values and the batches; the base model is the demo's. AdamW gets
 its best learning rate from a sweep for each seed, CTROptimizer keeps its default.

@@ -30,9 +30,8 @@ class Settings:
     """How to fine-tune.
 
     Attributes:
-        steps: of each run, which then takes some 15 s on two cores; a multiple of `evaluations`
-            puts the quarters on evaluated steps.
-        batch: sequences a step; half as many make noise, not the optimizer, the limit.
+        steps: of each run; a multiple of `evaluations` puts the quarters on evaluated steps.
+        batch: sequences a step.
         lr: CTROptimizer's: the largest relative change of a layer's output in a step.
         adamw_lrs: where AdamW's sweep begins; None takes the job's.
         seed: of the adapters' initial values and of the batches.
@@ -40,12 +39,12 @@ class Settings:
         quick: AdamW runs once, with the second of its learning rates, instead of the sweep.
     """
 
-    steps: int = 80
-    batch: int = 16
+    steps: int = 120
+    batch: int = 8
     lr: float = 0.1
     adamw_lrs: tuple[float, ...] | None = None
     seed: int = 0
-    evaluations: int = 16
+    evaluations: int = 12
     quick: bool = False
 
 
