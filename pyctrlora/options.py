@@ -41,6 +41,10 @@ class EngineOptions(TypedDict, total=False):
         rms_beta: EMA weight of the raw direction's squared length, in [0, 1). Default 0.95.
         step_length: "rms" (default): steps shrink where gradients are noise; "radius": every step
             fills the output ball.
+        overlap: where factors are refreshed: "inline", "thread" (a worker thread), "stream" (a side
+            stream of the device) or "auto" (default): "stream" on devices, "inline" on CPUs.
+        max_staleness: steps that a refresh beside training may lag, 0 or 1 (default, which keeps a
+            second copy of the factors); 0 waits for it: bit for bit as "inline".
         balance_every: steps between two balancings of the gauge, >= 1. Default 100.
         max_misses: failures of one layer in a row after which AdamW takes it over, >= 1. Default 5.
         maximize: ascend instead of descend. Default False.
@@ -63,6 +67,8 @@ class EngineOptions(TypedDict, total=False):
     kl_radius: float
     rms_beta: float
     step_length: Literal["rms", "radius"]
+    overlap: Literal["inline", "thread", "stream", "auto"]
+    max_staleness: Literal[0, 1]
     balance_every: int
     max_misses: int
     maximize: bool

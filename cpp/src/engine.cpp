@@ -26,7 +26,7 @@ struct Engine::StepReport {
 };
 
 Engine::Engine(const Options& options)
-    : options_(options), report_(std::make_unique<StepReport>()) {
+    : options_(options), side_stream_(options.overlap), report_(std::make_unique<StepReport>()) {
   options_.validate();
   sampler_ = std::make_shared<RowSampler>(options_.sample_rows, options_.seed);
 }
@@ -80,6 +80,7 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
   const detail::NumericsGuard guard;
   const std::vector<const GroupSettings*> by_group = checked(settings);
   std::vector<detail::RankSpace> spaces;
+  join_refreshes();
   for (const auto& group : groups_) {
     const GroupSettings& own = *by_group[static_cast<size_t>(group->group())];
     if (own.lr == 0.0) {
@@ -88,8 +89,7 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
     }
     group->bind();
     group->update_momentum();
-    side_stream_.submit([&] { group->commit_observations(); });
-    side_stream_.join();
+    group->commit_observations(side_stream_);
     detail::RankSpace::sort_in(spaces, group, own);
   }
   for (detail::RankSpace& space : spaces) {
@@ -111,6 +111,14 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
     if (by_group[static_cast<size_t>(fallback->group())]->lr != 0.0) {
       fallback->step(fallback_settings(*fallback, by_group), options_.maximize);
     }
+  }
+}
+
+void Engine::join_refreshes() const {
+  side_stream_.join();
+  const std::string error = side_stream_.take_error();
+  if (!error.empty()) {  // e.g. out of memory: the factors stay as they were
+    TORCH_WARN("[ctrlora::Engine] a refresh of curvature factors failed and was left out: ", error);
   }
 }
 
@@ -239,6 +247,7 @@ std::map<std::string, double> Engine::metrics() const {
 }
 
 std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
+  join_refreshes();
   std::vector<std::pair<std::string, at::Tensor>> out;
   const auto number = [](int64_t value) { return at::full({1}, value, at::kLong); };
   out.emplace_back("version", number(kStateVersion));

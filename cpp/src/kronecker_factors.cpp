@@ -41,6 +41,14 @@ KroneckerFactors KroneckerFactors::slice(int64_t begin, int64_t end) const {
   return view;
 }
 
+void KroneckerFactors::assign(const KroneckerFactors& other) {
+  const auto from = other.named_tensors();
+  const auto to = named_tensors();
+  for (size_t i = 0; i < to.size(); ++i) {
+    to[i].second.copy_(from[i].second);
+  }
+}
+
 namespace {
 
 // Factor on the mean of g g^T that makes it E[g^ g^T] for one loss term: with T terms in W rows,

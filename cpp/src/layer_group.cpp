@@ -30,10 +30,6 @@ at::ScalarType statistics_dtype(const at::Tensor& param) {
   return param.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Steps in which every layer's Grams are measured anew: rounding of carried ones stays at that of
-// eight steps, for an eighth of two products a step.
-constexpr int64_t kGramsEvery = 8;
-
 // One EMA step with its weight: biased sum and the sum of its coefficients.
 void ema(const at::Tensor& value,
          const at::Tensor& weight,
@@ -91,6 +87,12 @@ LayerGroup::LayerGroup(std::vector<LoraPair> pairs,
   input_ = grams(factors_.input);
   output_ = grams(factors_.output);
   refresh_metrics();
+  may_lag_ = SideStream(options_.overlap).overlaps(a.device()) && options_.max_staleness > 0 &&
+             options_.factor_every > 1;
+  if (may_lag_) {
+    back_ = KroneckerFactors(count, pairs_.front().in_features(), pairs_.front().out_features(),
+                             options_, statistics);
+  }
 }
 
 LayerGroup::~LayerGroup() = default;
@@ -106,24 +108,20 @@ void LayerGroup::bind() {
 void LayerGroup::move_state(const at::TensorOptions& options) {
   momentum_a_ = momentum_a_.to(options);
   momentum_b_ = momentum_b_.to(options);
-  for (at::Tensor* tensor : {&momentum_weight_, &rms_square_, &rms_weight_, &scaling_, &active_,
-                             &grad_ok_, &misses_, &skipped_, &input_.ww, &input_.uw, &output_.ww,
-                             &output_.uw}) {
+  for (at::Tensor* tensor :
+       {&momentum_weight_, &rms_square_, &rms_weight_, &scaling_, &active_, &grad_ok_, &misses_,
+        &skipped_, &input_.ww, &input_.uw, &output_.ww, &output_.uw}) {
     *tensor = tensor->to(options.device());
   }
   factors_.to(options);
+  if (may_lag_) {
+    back_.to(options);
+  }
   refresh_metrics();
   observations_->clear();
 }
 
 // ---- One step ----
-
-std::pair<at::Tensor, at::Tensor> LayerGroup::raw_gradients(Range range) const {
-  const auto part = [&](const at::Tensor& x) { return x.slice(0, range.begin, range.end); };
-  const auto [grads_a, grads_b] = parameters_->gradients(range.begin, range.end);
-  return {detail::stack_gradients(grads_a, part(grad_ok_), part(momentum_a_)),
-          detail::stack_gradients(grads_b, part(grad_ok_), part(momentum_b_))};
-}
 
 void LayerGroup::update_momentum() {
   const auto [grads_a, grads_b] = parameters_->gradients(0, layers());
@@ -140,60 +138,6 @@ void LayerGroup::update_momentum() {
   skipped_.add_(finite.logical_not());
   momentum_weight_ = at::where(grad_ok_, options_.beta1 * momentum_weight_ + (1 - options_.beta1),
                                momentum_weight_);
-}
-
-LayerGroup::Range LayerGroup::due(int64_t step, int64_t every) const {
-  const int64_t part = step % every;  // layer l is due iff floor(l every / L) = part
-  return {(part * layers() + every - 1) / every, ((part + 1) * layers() + every - 1) / every};
-}
-
-LayerGroup::Range LayerGroup::observed() const {
-  return age_ < options_.factor_warmup_steps ? Range{0, layers()}
-                                             : due(age_, options_.factor_every);
-}
-
-void LayerGroup::commit_observations() {
-  const Range range = observed();
-  if (range.begin < range.end) {
-    KroneckerFactors view = factors_.slice(range.begin, range.end);
-    const at::Tensor ok = grad_ok_.slice(0, range.begin, range.end);
-    const auto rows = [&] {
-      auto [raw_a, raw_b] = raw_gradients(range);
-      return std::make_pair(raw_a, raw_b.mT());
-    };
-    view.commit(observations_->collect(range.begin, range.end, age_, view, rows, ok), options_);
-    refresh_metrics();
-  }
-  observations_->clear();
-  // Grams carried by the update's coefficients (apply) would drift by rounding: an eighth of the
-  // layers is measured anew on every step, and whatever changed otherwise.
-  if (!parameters_->carried()) {
-    refresh_grams({0, layers()});
-  } else {
-    refresh_grams(range);
-    refresh_grams(due(age_, kGramsEvery));
-  }
-}
-
-void LayerGroup::refresh_metrics() {
-  input_metric_ = SideMetric::of(factors_.input, options_.whitening, options_.damping);
-  output_metric_ = SideMetric::of(factors_.output, options_.whitening, options_.damping);
-}
-
-void LayerGroup::refresh_grams(Range range) {
-  if (range.begin == range.end) {
-    return;
-  }
-  const auto part = [&](const at::Tensor& x) { return x.slice(0, range.begin, range.end); };
-  const auto refresh = [&](const SideProducts& kept, const at::Tensor& weight,
-                           const LowRankEigen& factor) {
-    SideProducts fresh;
-    fresh.set_weight(part(weight).to(momentum_a_.scalar_type()), part(factor.basis()));
-    part(kept.ww).copy_(fresh.ww);
-    part(kept.uw).copy_(fresh.uw);
-  };
-  refresh(input_, parameters_->a().mT(), factors_.input);
-  refresh(output_, parameters_->b(), factors_.output);
 }
 
 Measurement LayerGroup::measurement(Range range,
@@ -291,24 +235,6 @@ void LayerGroup::balance_gauge() {
   refresh_grams({0, layers()});
 }
 
-void LayerGroup::want() {
-  const Range range = observed();
-  for (int64_t l = 0; l < layers(); ++l) {
-    if (slots_[l] != nullptr) {
-      slots_[l]->set_wanted(l >= range.begin && l < range.end);
-    }
-  }
-}
-
-void LayerGroup::connect(const std::shared_ptr<LayerGroup>& self) {
-  for (int64_t l = 0; l < self->layers(); ++l) {
-    if (self->slots_[l] != nullptr) {
-      self->slots_[l]->connect(self, l);
-    }
-  }
-  self->want();
-}
-
 std::vector<LoraPair> LayerGroup::take_failed() {
   return take_out(
       (misses_ >= options_.max_misses).logical_or(factors_.misses >= options_.max_misses));
@@ -331,19 +257,7 @@ std::vector<LoraPair> LayerGroup::take_out(const at::Tensor& layers) {
   return pairs;
 }
 
-// ---- Observation and state ----
-
-int64_t LayerGroup::micro_batch(int64_t layer) const {
-  return observations_->micro_batch(layer);
-}
-
-void LayerGroup::observe(int64_t layer, const Observation& observation) {
-  observations_->add(layer, observation, factors_);
-}
-
-void LayerGroup::drop_observations() {
-  observations_->clear();
-}
+// ---- State ----
 
 double LayerGroup::rounding() const {
   return momentum_a_.scalar_type() == at::kDouble ? 1e-16 : 6e-8;
@@ -368,6 +282,11 @@ std::vector<std::pair<std::string, at::Tensor>> LayerGroup::named_tensors() cons
   for (const auto& item : factors_.named_tensors()) {
     out.push_back(item);
   }
+  if (may_lag_) {
+    for (const auto& [name, tensor] : back_.named_tensors()) {
+      out.emplace_back("back." + name, tensor);
+    }
+  }
   return out;
 }
 
@@ -375,6 +294,7 @@ void LayerGroup::after_load(int64_t age) {
   age_ = age;
   observations_->clear();
   observations_->resume(factors_);
+  refreshing_ = age > 0 && lags(age - 1) ? due(age - 1, options_.factor_every) : Range{0, 0};
   refresh_metrics();
   want();
 }

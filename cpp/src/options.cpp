@@ -29,6 +29,10 @@ void Options::validate() const {
   CTRLORA_RULE(kWhere, kl_radius, kl_radius > 0.0);
   CTRLORA_RULE(kWhere, rms_beta, rms_beta >= 0.0 && rms_beta < 1.0);
   CTRLORA_RULE(kWhere, step_length, step_length == "rms" || step_length == "radius");
+  CTRLORA_RULE(
+      kWhere, overlap,
+      overlap == "inline" || overlap == "thread" || overlap == "stream" || overlap == "auto");
+  CTRLORA_RULE(kWhere, max_staleness, max_staleness == 0 || max_staleness == 1);
   CTRLORA_RULE(kWhere, balance_every, balance_every >= 1);
   CTRLORA_RULE(kWhere, max_misses, max_misses >= 1);
   CTRLORA_RULE(kWhere, fallback_lr, fallback_lr >= 0.0 && std::isfinite(fallback_lr));

@@ -19,7 +19,6 @@ std::vector<T> fields(const std::vector<Measurement>& parts, T Measurement::* fi
   return out;
 }
 
-
 }  // namespace
 
 Measurement Measurement::cat(const std::vector<Measurement>& parts) {
@@ -61,8 +60,7 @@ Proposal propose(const Measurement& measured, const Options& options) {
   const at::Tensor planned = measured.radius / size;
   const at::Tensor usable = planned.isfinite();
   const at::Tensor zero = at::zeros({}, planned.options());
-  out.length =
-      inside_ball(out.output_norm, measured.radius, at::where(usable, planned, zero));
+  out.length = inside_ball(out.output_norm, measured.radius, at::where(usable, planned, zero));
   out.live = measured.live;
   out.sound = out.step.ok.logical_and(out.length.isfinite());
   out.ok = out.live.logical_and(out.sound).logical_and(usable);

@@ -201,9 +201,8 @@ PlainStepGrams step_grams(const SideProducts& products, const SideStep& step) {
   const at::Tensor md = small_bmm(products.mm, x1)
                             .add_(small_bmm(products.um.mT(), x2))
                             .add_(small_bmm(products.wm.mT(), x3));
-  grams.dd = small_bmm(x1.mT(), md)
-                 .add_(small_bmm(x2.mT(), grams.ud))
-                 .add_(small_bmm(x3.mT(), grams.wd));
+  grams.dd =
+      small_bmm(x1.mT(), md).add_(small_bmm(x2.mT(), grams.ud)).add_(small_bmm(x3.mT(), grams.wd));
   return grams;
 }
 

@@ -82,7 +82,8 @@ TEST_CASE("a run that was saved and loaded goes on bit for bit") {
   options.sketch_rank = 3;
   options.sample_rows = 8;  // the sampler's draws must resume too
   options.balance_every = 3;
-  for (const int64_t saved_at : {0, 1, 5}) {
+  for (const int64_t saved_at : {0, 1, 5, 8, 9}) {
+    options.overlap = saved_at >= 8 ? "thread" : "inline";  // saved with a refresh under way
     at::manual_seed(4);
     Model first(4, options), second(4, options);
     const at::Tensor head = randn({3}).requires_grad_(), twin = randn({3}).requires_grad_();
@@ -113,6 +114,32 @@ TEST_CASE("a run that was saved and loaded goes on bit for bit") {
     }
     CHECK(same_bits(head.detach(), twin.detach()));
     CHECK(same(copy_of(first.engine), copy_of(second.engine)));
+  }
+}
+
+TEST_CASE(
+    "refreshes beside training: without staleness as inline; with one step, the same on a repeat") {
+  const auto run = [](const std::string& overlap, int64_t max_staleness) {
+    Options options;
+    options.sketch_rank = 3;
+    options.overlap = overlap;
+    options.max_staleness = max_staleness;
+    options.factor_warmup_steps = 2;
+    at::manual_seed(7);
+    Model own(5, options);
+    for (int step = 0; step < 12; ++step) {
+      own.backward();
+      own.engine.step({GroupSettings{}});
+    }
+    return own.parameters();
+  };
+  const std::vector<at::Tensor> here = run("inline", 1), waiting = run("thread", 0);
+  const std::vector<at::Tensor> late = run("thread", 1), again = run("thread", 1);
+  for (size_t i = 0; i < here.size(); ++i) {
+    CHECK(same_bits(here[i], waiting[i]));
+    CHECK(same_bits(late[i], again[i]));
+    CHECK_FALSE(same_bits(here[i], late[i]));  // it did lag
+    CHECK(error(here[i], late[i]) < 0.1);
   }
 }
 

@@ -40,7 +40,7 @@ TEST_CASE(
   CHECK(same_bits(own.state("momentum_b").slice(0, 1), first.slice(0, 1)));
   CHECK(error(own.state("momentum_weight"), numbers({1 - 0.64, 0.2, 0.2})) < 1e-14);
   CHECK(same_bits(own.group->skipped(), at::tensor({0, 1, 0}, at::kLong)));
-  own.group->commit_observations();
+  own.group->commit_observations(own.side);
   const ctrlora::Proposal proposal = Layers::propose(*own.group, own.options);
   CHECK(same_bits(proposal.ok, numbers({1.0, 0.0, 0.0}) > 0));
   CHECK(error(proposal.momentum_factor, 1 / numbers({1 - 0.64, 0.2, 0.2})) < 1e-14);
@@ -65,7 +65,8 @@ TEST_CASE("the update is (1 - lr wd) W + f delta, for all ranks, dtypes and size
         pair.b.mutable_grad() = randn({m, r}, dtype);
       }
       group.update_momentum();
-      group.commit_observations();
+      ctrlora::SideStream side;
+      group.commit_observations(side);
       const GroupSettings settings{.lr = 0.2, .weight_decay = 0.1};
       const ctrlora::Proposal own = Layers::propose(group, options, settings);
       REQUIRE(own.ok.all().item<bool>());
@@ -125,7 +126,7 @@ TEST_CASE("Grams carried by the update's coefficients are those of the parameter
     pair.a.detach().mul_(3.0);
   }
   own.group->bind();
-  own.group->commit_observations();
+  own.group->commit_observations(own.side);
   check(1e-12);
 }
 

@@ -23,12 +23,13 @@ struct Layers {
   std::vector<std::shared_ptr<ctrlora::ObservationSlot>> slots;
   std::shared_ptr<ctrlora::LayerGroup> group;
   ctrlora::Options options;
+  ctrlora::SideStream side;
 
   explicit Layers(int64_t count,
                   const ctrlora::Options& settings = {},
                   bool trained = true,
                   at::ScalarType dtype = at::kDouble)
-      : options(settings) {
+      : options(settings), side(settings.overlap) {
     for (int64_t l = 0; l < count; ++l) {
       pairs.push_back(problems::make_pair(kOut, kIn, kRank, trained, dtype));
       pairs.back().name = "layer " + std::to_string(l);
@@ -59,7 +60,7 @@ struct Layers {
   void step(const ctrlora::GroupSettings& settings = {}) {
     group->bind();
     group->update_momentum();
-    group->commit_observations();
+    group->commit_observations(side);
     group->apply(propose(*group, options, settings), at::ones({1}, at::kDouble), settings);
     group->finish();
   }
@@ -76,6 +77,7 @@ struct Layers {
 /// Bases of full size: every factor is exact.
 inline ctrlora::Options exact() {
   ctrlora::Options options;
+  ctrlora::SideStream side;
   options.sketch_rank = 64;
   return options;
 }

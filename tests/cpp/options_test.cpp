@@ -91,6 +91,8 @@ TEST_CASE("the defaults are those of the documentation and are valid") {
   CHECK(options.kl_radius == 0.005);
   CHECK(options.rms_beta == 0.95);
   CHECK(options.step_length == "rms");
+  CHECK(options.overlap == "auto");
+  CHECK(options.max_staleness == 1);
   CHECK(options.balance_every == 100);
   CHECK(options.max_misses == 5);
   CHECK(options.fallback_lr == 1e-3);
@@ -138,6 +140,12 @@ TEST_CASE("word options name themselves, their value and their rule") {
   check_range<Options, std::string>(&Options::step_length, "ctrlora::Options", "step_length",
                                     "step_length == \"rms\" || step_length == \"radius\"",
                                     {"fixed", ""}, {"rms", "radius"});
+  check_range<Options, std::string>(&Options::overlap, "ctrlora::Options", "overlap",
+                                    "overlap == \"inline\" || overlap == \"thread\" || overlap == "
+                                    "\"stream\" || overlap == \"auto\"",
+                                    {"later", ""}, {"inline", "thread", "stream", "auto"});
+  check_range<Options, int64_t>(&Options::max_staleness, "ctrlora::Options", "max_staleness",
+                                "max_staleness == 0 || max_staleness == 1", {-1, 2}, {0, 1});
 }
 
 TEST_CASE("group settings name themselves, their value and their rule") {

@@ -104,8 +104,7 @@ TEST_CASE("step_length \"radius\" fills the ball up to the cross term") {
 TEST_CASE("layers of two widths below each other get what they get alone") {
   at::manual_seed(2);
   const Layers first(3, 8, 7), second(2, 5, 11);
-  const Proposal both =
-      ctrlora::propose(Measurement::cat({first.measured, second.measured}), {});
+  const Proposal both = ctrlora::propose(Measurement::cat({first.measured, second.measured}), {});
   int64_t begin = 0;
   for (const Layers* own : {&first, &second}) {
     const Proposal alone = ctrlora::propose(own->measured, {});

@@ -69,13 +69,14 @@ class CTRLORA_API Engine {
   [[nodiscard]] std::vector<const GroupSettings*> checked(
       const std::vector<GroupSettings>& settings) const;
   void fisher_ball();
+  void join_refreshes() const;
   [[nodiscard]] GroupSettings fallback_settings(
       const detail::AdamW& fallback, const std::vector<const GroupSettings*>& by_group) const;
   void retire_failed_layers();
   void hand_to_adamw(const LoraPair& pair, int64_t group);
 
   Options options_;
-  SideStream side_stream_;
+  mutable SideStream side_stream_;
   std::shared_ptr<RowSampler> sampler_;
   std::vector<std::shared_ptr<LayerGroup>> groups_;
   std::vector<std::unique_ptr<detail::AdamW>> fallbacks_;

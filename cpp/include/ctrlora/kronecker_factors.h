@@ -23,6 +23,11 @@ struct CTRLORA_API CurvatureSketch {
   at::Tensor base_square;    ///< (L) float64: sum of w |W0 x|^2; negative: unknown
   at::Tensor sequences;      ///< (L) float64: sequences seen
   at::Tensor from_gradient;  ///< (L) bool: rows came from the adapter's gradients (gradient proxy)
+
+  [[nodiscard]] std::vector<at::Tensor> tensors() const {
+    return {input.product, input.trace, input.weight, output.product, output.trace,
+            output.weight, base_square, sequences,    from_gradient};
+  }
 };
 
 class CTRLORA_API KroneckerFactors {
@@ -43,6 +48,9 @@ class CTRLORA_API KroneckerFactors {
   at::Tensor misses;       ///< (L) int64: failed decompositions in a row
 
   [[nodiscard]] KroneckerFactors slice(int64_t begin, int64_t end) const;
+
+  /// Takes over the other's numbers in place; same shapes.
+  void assign(const KroneckerFactors& other);
 
   /// Enters one batch into these layers: EMA weight b = min(factor_beta, 1 - 1/seen), loss scaling
   /// of S as options say, unit-gain assumption for the base under the gradient proxy.

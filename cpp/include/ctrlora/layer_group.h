@@ -18,6 +18,7 @@
 #include "ctrlora/observation.h"
 #include "ctrlora/options.h"
 #include "ctrlora/proposal.h"
+#include "ctrlora/side_stream.h"
 
 namespace ctrlora {
 
@@ -62,8 +63,9 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   void bind();
   /// M <- beta1 M + (1 - beta1) grad where the gradient exists and is finite.
   void update_momentum();
-  /// Enters what was observed since the last step into the factors.
-  void commit_observations();
+  /// Enters what was observed since the last step into the factors, beside training if `side`
+  /// works there; then it counts from the next step on. All earlier work must have been joined.
+  void commit_observations(SideStream& side);
   /// The d-wide products of the observed layers with their raw gradients in place of the momenta;
   /// nothing if no layer is due.
   [[nodiscard]] std::optional<Measurement> measure_gradients() const;
@@ -99,6 +101,8 @@ class CTRLORA_API LayerGroup : public ObservationSink {
                                         const at::Tensor& momentum_a,
                                         const at::Tensor& momentum_b) const;
   void refresh_grams(Range range);
+  [[nodiscard]] bool lags(int64_t step) const;
+  void publish();
   void refresh_metrics();
   void move_state(const at::TensorOptions& options);
   void want();
@@ -122,9 +126,12 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   at::Tensor misses_;                   // (L) int64 failed steps in a row
   at::Tensor skipped_;                  // (L) int64 steps left out for non-finite gradients
   KroneckerFactors factors_;
+  KroneckerFactors back_;  // refreshed beside training; used only where refreshes may lag
+  bool may_lag_ = false;
+  Range refreshing_ = {0, 0};                // layers whose refresh is to be published
   SideProducts input_, output_;              // W^T W and U^T W, carried from step to step
   SideMetric input_metric_, output_metric_;  // of the factors as they are
-  int64_t age_ = 0;  // steps taken
+  int64_t age_ = 0;                          // steps taken
 };
 
 }  // namespace ctrlora

@@ -83,6 +83,16 @@ struct CTRLORA_API Options {
   /// "radius": every step fills the ball.
   std::string step_length = "rms";
 
+  // ---- Overlap (section 7) ----
+
+  /// Where factors are refreshed: "inline", "thread", "stream" or "auto" (see SideStream).
+  std::string overlap = "auto";
+
+  /// Steps that a refresh beside training may lag, 0 or 1. 1: it is entered on the next step, and a
+  /// second copy of the factors is kept; 0: waited for at once, bit for bit as "inline". During
+  /// warm-up, and with factor_every = 1, refreshes never lag.
+  int64_t max_staleness = 1;
+
   // ---- Upkeep ----
 
   /// Steps between two balancings of the gauge (section 5), >= 1.

@@ -36,14 +36,14 @@ struct CTRLORA_API Measurement {
 
 /// What one step would do, before the Fisher ball. Tensors (L) float64 unless said otherwise.
 struct CTRLORA_API Proposal {
-  TangentStep step;                           ///< zero where it failed
-  PlainStepGrams input_grams, output_grams;   ///< of the step
-  Quartic output_norm;                        ///< |D(f)|_Omega^2
-  Quartic fisher_norm;                        ///< |D(f)|_M^2, zero without an absolute scale
-  at::Tensor radius, momentum_factor;         ///< as measured
-  at::Tensor length;                          ///< f inside the output ball; 0 where not ok
-  at::Tensor ok;                              ///< (L) bool: this layer moves
-  at::Tensor live, sound;                     ///< (L) bool: gradient usable; numbers came out finite
+  TangentStep step;                          ///< zero where it failed
+  PlainStepGrams input_grams, output_grams;  ///< of the step
+  Quartic output_norm;                       ///< |D(f)|_Omega^2
+  Quartic fisher_norm;                       ///< |D(f)|_M^2, zero without an absolute scale
+  at::Tensor radius, momentum_factor;        ///< as measured
+  at::Tensor length;                         ///< f inside the output ball; 0 where not ok
+  at::Tensor ok;                             ///< (L) bool: this layer moves
+  at::Tensor live, sound;                    ///< (L) bool: gradient usable; numbers came out finite
 
   /// Layers [begin, end).
   [[nodiscard]] Proposal slice(int64_t begin, int64_t end) const;

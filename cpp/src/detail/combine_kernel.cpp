@@ -92,8 +92,8 @@ CTRLORA_INLINE void combine_wide_group(const float* block,
 }
 
 // All terms' rows of columns [column, column + size) below each other, see pack_wide.
-CTRLORA_INLINE int64_t gather_rows(
-    const TallMatrix* terms, int count, int64_t column, int64_t size, float* block) {
+CTRLORA_INLINE int64_t
+gather_rows(const TallMatrix* terms, int count, int64_t column, int64_t size, float* block) {
   int64_t rows = 0;
   for (int t = 0; t < count; ++t) {
     for (int64_t s = 0; s < terms[t].columns; ++s, ++rows) {

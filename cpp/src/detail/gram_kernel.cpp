@@ -226,10 +226,10 @@ CTRLORA_INLINE void gram_body(const TallMatrix* left,
 using Gram = void (*)(const TallMatrix*, int, const TallMatrix&, bool, int64_t, int64_t, float*);
 
 // NOLINTBEGIN(bugprone-macro-parentheses): an attribute cannot stand in parentheses
-#define CTRLORA_GRAM(suffix, lanes, attribute)                                                     \
-  attribute void gram_##suffix(const TallMatrix* left, int count, const TallMatrix& y, bool wide,  \
-                               int64_t begin, int64_t end, float* out) {                           \
-    gram_body<lanes>(left, count, y, wide, begin, end, out);                                       \
+#define CTRLORA_GRAM(suffix, lanes, attribute)                                                    \
+  attribute void gram_##suffix(const TallMatrix* left, int count, const TallMatrix& y, bool wide, \
+                               int64_t begin, int64_t end, float* out) {                          \
+    gram_body<lanes>(left, count, y, wide, begin, end, out);                                      \
   }
 
 // NOLINTEND(bugprone-macro-parentheses)

@@ -61,7 +61,8 @@ PendingObservations::Rows finite_rows(const at::Tensor& values) {
   rows.values = values.unsqueeze(0);
   rows.nonzero = squares > 0;
   if (!known_to_be_true(rows.finite)) {
-    rows.values = at::where(rows.finite.unsqueeze(-1), rows.values, at::zeros({}, values.options()));
+    rows.values =
+        at::where(rows.finite.unsqueeze(-1), rows.values, at::zeros({}, values.options()));
   }
   return rows;
 }

@@ -14,7 +14,8 @@ namespace ctrlora::detail {
 bool RankSpace::takes(const LayerGroup& group) const {
   const LayerGroup& own = *members_.front().group;
   const auto same = [](const LowRankEigen& x, const LowRankEigen& y) {
-    return x.sketch_rank() == y.sketch_rank() && x.basis().options().type_equal(y.basis().options());
+    return x.sketch_rank() == y.sketch_rank() &&
+           x.basis().options().type_equal(y.basis().options());
   };
   return own.rank() == group.rank() &&
          own.factors().input.basis().device() == group.factors().input.basis().device() &&
@@ -100,9 +101,8 @@ RankSpace::Change RankSpace::change(const at::Tensor& shrink) const {
     rates.push_back(at::full({member.group->layers()}, member.settings.lr, f.options()));
   }
   const at::Tensor zero = at::zeros({}, f.options());
-  const at::Tensor relative =
-      proposal_.output_norm(f).clamp_min(0).sqrt() * at::cat(rates) /
-      proposal_.radius.clamp_min(1e-300);
+  const at::Tensor relative = proposal_.output_norm(f).clamp_min(0).sqrt() * at::cat(rates) /
+                              proposal_.radius.clamp_min(1e-300);
   return {at::where(proposal_.ok, relative, zero),
           at::where(proposal_.ok, proposal_.step.predicted_decrease * f, zero)};
 }

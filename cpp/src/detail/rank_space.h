@@ -1,5 +1,5 @@
-// The layers of one step that share a rank and a sketch rank, whatever their widths: what is decided
-// from rank-space products is decided for all of them at once.
+// The layers of one step that share a rank and a sketch rank, whatever their widths: what is
+// decided from rank-space products is decided for all of them at once.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -47,8 +47,8 @@ at::Tensor cat(const std::vector<T>& parts, at::Tensor T::* field) {
 /// Sum of x * y over all but the layer dimension.
 at::Tensor inner(const at::Tensor& x, const at::Tensor& y);
 
-/// Whether every entry of a bool tensor holds, as far as that can be told without synchronising: on a
-/// CPU the entries are in our memory, elsewhere the answer is no.
+/// Whether every entry of a bool tensor holds, as far as that can be told without synchronising: on
+/// a CPU the entries are in our memory, elsewhere the answer is no.
 bool known_to_be_true(const at::Tensor& mask);
 
 struct Cholesky {
@@ -78,8 +78,8 @@ struct OrthonormalMap {
 };
 
 /// Map that makes columns with this Gram (L, k, k) orthonormal, up to the Gram's rounding times its
-/// condition number: Cholesky-QR with columns scaled to unit length. @param eps rounding unit of the
-/// columns' dtype.
+/// condition number: Cholesky-QR with columns scaled to unit length. @param eps rounding unit of
+/// the columns' dtype.
 OrthonormalMap orthonormal_map(const at::Tensor& gram, double eps);
 
 struct Orthonormal {

@@ -1,0 +1,142 @@
+// What a LayerGroup observes: which layers on which step, and how it enters the factors.
+#include "ctrlora/layer_group.h"
+#include "detail/parameter_slabs.h"
+#include "detail/pending_observations.h"
+#include "detail/tall_skinny.h"
+
+namespace ctrlora {
+
+namespace {
+
+// Steps in which every layer's Grams are measured anew: rounding of carried ones stays at that of
+// eight steps, for an eighth of two products a step.
+constexpr int64_t kGramsEvery = 8;
+
+}  // namespace
+
+LayerGroup::Range LayerGroup::due(int64_t step, int64_t every) const {
+  const int64_t part = step % every;  // layer l is due iff floor(l every / L) = part
+  return {(part * layers() + every - 1) / every, ((part + 1) * layers() + every - 1) / every};
+}
+
+LayerGroup::Range LayerGroup::observed() const {
+  return age_ < options_.factor_warmup_steps ? Range{0, layers()}
+                                             : due(age_, options_.factor_every);
+}
+
+void LayerGroup::want() {
+  const Range range = observed();
+  for (int64_t l = 0; l < layers(); ++l) {
+    if (slots_[l] != nullptr) {
+      slots_[l]->set_wanted(l >= range.begin && l < range.end);
+    }
+  }
+}
+
+void LayerGroup::connect(const std::shared_ptr<LayerGroup>& self) {
+  for (int64_t l = 0; l < self->layers(); ++l) {
+    if (self->slots_[l] != nullptr) {
+      self->slots_[l]->connect(self, l);
+    }
+  }
+  self->want();
+}
+
+int64_t LayerGroup::micro_batch(int64_t layer) const {
+  return observations_->micro_batch(layer);
+}
+
+void LayerGroup::observe(int64_t layer, const Observation& observation) {
+  observations_->add(layer, observation, factors_);
+}
+
+void LayerGroup::drop_observations() {
+  observations_->clear();
+}
+
+std::pair<at::Tensor, at::Tensor> LayerGroup::raw_gradients(Range range) const {
+  const auto part = [&](const at::Tensor& x) { return x.slice(0, range.begin, range.end); };
+  const auto [grads_a, grads_b] = parameters_->gradients(range.begin, range.end);
+  return {detail::stack_gradients(grads_a, part(grad_ok_), part(momentum_a_)),
+          detail::stack_gradients(grads_b, part(grad_ok_), part(momentum_b_))};
+}
+
+bool LayerGroup::lags(int64_t step) const {
+  return may_lag_ && step >= options_.factor_warmup_steps;
+}
+
+void LayerGroup::publish() {
+  if (refreshing_.begin < refreshing_.end) {
+    factors_.slice(refreshing_.begin, refreshing_.end)
+        .assign(back_.slice(refreshing_.begin, refreshing_.end));
+  }
+}
+
+void LayerGroup::commit_observations(SideStream& side) {
+  publish();
+  Range changed = refreshing_;
+  refreshing_ = {0, 0};
+  const Range range = observed();
+  if (range.begin < range.end) {
+    KroneckerFactors view = factors_.slice(range.begin, range.end);
+    const at::Tensor ok = grad_ok_.slice(0, range.begin, range.end);
+    const auto rows = [&] {
+      auto [raw_a, raw_b] = raw_gradients(range);
+      return std::make_pair(raw_a, raw_b.mT());
+    };
+    const CurvatureSketch sketch =
+        observations_->collect(range.begin, range.end, age_, view, rows, ok);
+    if (lags(age_)) {
+      KroneckerFactors back = back_.slice(range.begin, range.end);
+      back.assign(view);
+      refreshing_ = range;
+      view = back;
+    } else {
+      changed = range;
+    }
+    std::vector<at::Tensor> tensors = sketch.tensors();
+    for (const auto& item : view.named_tensors()) {
+      tensors.push_back(item.second);
+    }
+    side.submit(view.base_square.device(), std::move(tensors),
+                [view, sketch, options = options_]() mutable { view.commit(sketch, options); });
+    if (!lags(age_)) {
+      side.join();
+    }
+  }
+  observations_->clear();
+  if (changed.begin < changed.end) {
+    refresh_metrics();
+  }
+  // Grams carried by the update's coefficients (apply) would drift by rounding: an eighth of the
+  // layers is measured anew on every step, and whatever changed otherwise.
+  if (!parameters_->carried()) {
+    refresh_grams({0, layers()});
+  } else {
+    refresh_grams(changed);
+    refresh_grams(due(age_, kGramsEvery));
+  }
+}
+
+void LayerGroup::refresh_metrics() {
+  input_metric_ = SideMetric::of(factors_.input, options_.whitening, options_.damping);
+  output_metric_ = SideMetric::of(factors_.output, options_.whitening, options_.damping);
+}
+
+void LayerGroup::refresh_grams(Range range) {
+  if (range.begin == range.end) {
+    return;
+  }
+  const auto part = [&](const at::Tensor& x) { return x.slice(0, range.begin, range.end); };
+  const auto refresh = [&](const SideProducts& kept, const at::Tensor& weight,
+                           const LowRankEigen& factor) {
+    SideProducts fresh;
+    fresh.set_weight(part(weight).to(momentum_a_.scalar_type()), part(factor.basis()));
+    part(kept.ww).copy_(fresh.ww);
+    part(kept.uw).copy_(fresh.uw);
+  };
+  refresh(input_, parameters_->a().mT(), factors_.input);
+  refresh(output_, parameters_->b(), factors_.output);
+}
+
+}  // namespace ctrlora
