@@ -67,7 +67,7 @@ def cg_init(
     B·A becomes a small first step of rank r, the best one in the curvature's metric. Call it after
     the adapters were made, before the optimizer, DDP or `torch.compile`. Train or eval mode is the
     caller's choice; `requires_grad`, `.grad`, modes and observers are afterwards as before, and if
-    anything is raised so are the parameters. What noise hides starts as in LoRA: B = 0.
+    anything is raised so are the parameters. Directions hidden by noise start at B = 0.
 
     Args:
         model: holds LoRA layers, PEFT's or `LoRALinear`; attached if it was not.
@@ -85,16 +85,15 @@ def cg_init(
         **options: see `InitOptions`.
 
     Raises:
-        ValueError: an argument out of range; no LoRA layers; a `train_step` without backward, with
-            NaN, or with fewer rows than a rank; a cache of another model, or broken.
+        ValueError: an argument out of range; no LoRA layers; `train_step` has no backward, NaN, or
+            fewer rows than a rank; the cache is broken or another model's.
 
     Example:
-        >>> from pyctrlora import add_lora
-        >>> layers = torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
-        >>> model = add_lora(torch.nn.Sequential(*layers), rank=2)
+        >>> from pyctrlora import LoRALinear
+        >>> model = LoRALinear(torch.nn.Linear(8, 4), rank=2)
         >>> step = lambda: model(torch.randn(16, 8)).square().mean().backward()
         >>> [layer.rank for layer in cg_init(model, step, progress=False).layers]
-        [2, 2]
+        [2]
     """
     start = time.perf_counter()
     settings = _settings(mode, {**options, "batches": batches, "init_radius": init_radius})
