@@ -17,6 +17,7 @@ void bind_init(py::module_& m) {
       .def_readwrite("damping", &CgInitOptions::damping)
       .def_readwrite("sketch_rank", &CgInitOptions::sketch_rank)
       .def_readwrite("probes", &CgInitOptions::probes)
+      .def_readwrite("deviations", &CgInitOptions::deviations)
       .def_readwrite("dense_limit", &CgInitOptions::dense_limit)
       .def_readwrite("seed", &CgInitOptions::seed)
       .def("validate", wrapped(&CgInitOptions::validate));

@@ -38,6 +38,8 @@ class InitOptions(TypedDict, total=False):
         sketch_rank: eigenpairs kept per factor, >= 1. Default 16, as there.
         probes: columns of the gradient's sketch; fewer than the rank count as the rank. Default 0
             means 2·rank + 8: more finds weak directions better and takes more memory.
+        deviations: a direction is kept if the halves of the batches agree on it by this many
+            standard deviations of the noise, >= 0. Default 2.
         dense_limit: largest dimension that may get a complete basis, >= 1. Default 256.
         seed: of the probes and of the directions that fill up, >= 0. Default 0.
     """
@@ -46,6 +48,7 @@ class InitOptions(TypedDict, total=False):
     damping: float
     sketch_rank: int
     probes: int
+    deviations: float
     dense_limit: int
     seed: int
 

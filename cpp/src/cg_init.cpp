@@ -49,6 +49,7 @@ void CgInitOptions::validate() const {
   check(damping > 0 && std::isfinite(damping), "damping", damping, "damping > 0");
   check(sketch_rank >= 1, "sketch_rank", sketch_rank, "sketch_rank >= 1");
   check(probes >= 0, "probes", probes, "probes >= 0");
+  check(deviations >= 0 && std::isfinite(deviations), "deviations", deviations, "deviations >= 0");
   check(dense_limit >= 1, "dense_limit", dense_limit, "dense_limit >= 1");
 }
 

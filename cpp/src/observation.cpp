@@ -103,7 +103,8 @@ std::shared_ptr<Capture> ObservationSlot::capture(const at::Tensor& inputs,
   observation.row_weight =
       static_cast<double>(flat.size(0)) / static_cast<double>(observation.inputs.size(0));
   observation.sequences = inputs.dim() >= 3 ? flat.size(0) / inputs.size(-2) : flat.size(0);
-  if (base_output.defined() && base_output.numel() / base_output.size(-1) == flat.size(0)) {
+  if (base_output.defined() && sink->wants_base_square() &&
+      base_output.numel() / base_output.size(-1) == flat.size(0)) {
     at::Tensor base = base_output.detach().reshape({flat.size(0), -1});
     base = capture->rows_.defined() ? base.index_select(0, capture->rows_) : base;
     observation.base_square =

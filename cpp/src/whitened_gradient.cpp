@@ -218,13 +218,14 @@ WhitenedGradient WhitenedGradient::slice(int64_t begin, int64_t end) const {
 
 namespace {
 
-// rows F_g^-1/2 probe, without forming F_g^-1/2 probe for every layer.
+// rows F_g^-1/2 probe. The whitened probe of one layer is formed for the moment: that costs less
+// than projecting the rows on the basis.
 at::Tensor whitened_coordinates(const at::Tensor& rows,
                                 const at::Tensor& test,
                                 const at::Tensor& basis,
                                 const at::Tensor& mix,
                                 const at::Tensor& tail) {
-  return (at::mm(rows, test) * tail).addmm_(at::mm(rows, basis), mix);
+  return at::mm(rows, (test * tail).addmm_(basis, mix));
 }
 
 }  // namespace

@@ -360,6 +360,7 @@ TEST_CASE("options and pairs out of range are refused") {
   CHECK(contains(message([](CgInitOptions& o) { o.damping = 0.0; }), "damping = 0."));
   CHECK(contains(message([](CgInitOptions& o) { o.sketch_rank = 0; }), "sketch_rank = 0."));
   CHECK(contains(message([](CgInitOptions& o) { o.probes = -1; }), "probes = -1."));
+  CHECK(contains(message([](CgInitOptions& o) { o.deviations = -1.0; }), "deviations = -1."));
   CHECK(contains(message([](CgInitOptions& o) { o.dense_limit = 0; }), "dense_limit = 0."));
   CHECK(contains(error_of([] { const CgInit init({}, CgInitOptions{}); }), "got none"));
   const LoraPair stranger = problems::make_pair(4, 5, 2);

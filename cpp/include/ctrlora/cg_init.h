@@ -53,6 +53,10 @@ struct CTRLORA_API CgInitOptions {
   /// Columns of the gradient's sketch, >= rank; 0: WhitenedGradient::default_probes(rank).
   int64_t probes = 0;
 
+  /// Standard deviations of the noise by which the halves must agree on a direction to keep it, >=
+  /// 0. 0 keeps every direction on which they agree at all, half of pure noise among them.
+  double deviations = 2.0;
+
   /// Largest dimension for which a complete basis is allowed, >= 1.
   int64_t dense_limit = 256;
 

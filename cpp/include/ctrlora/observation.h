@@ -80,6 +80,8 @@ class CTRLORA_API ObservationSink {
   virtual RowSampler& sampler() = 0;
   /// Backwards of `layer` completed since the last step: numbers the micro-batches.
   virtual int64_t micro_batch(int64_t layer) const = 0;
+  /// Whether |W0 x|^2 of the rows is of use: a pass over the base's output in the forward.
+  [[nodiscard]] virtual bool wants_base_square() const { return true; }
   /// Called from backward, perhaps on an autograd thread. Must not throw on bad numbers.
   virtual void observe(int64_t layer, const Observation& observation) = 0;
 };

@@ -2,6 +2,8 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/nonzero.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
@@ -10,6 +12,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "detail/check.h"
 #include "detail/tensor_math.h"
@@ -21,8 +24,6 @@ namespace {
 constexpr const char* kWhere = "ctrlora::CgInit";
 // Layers worked on together at the end: bounds the temporaries.
 constexpr int64_t kSlice = 8;
-// A direction counts as signal if the halves agree on it by this many standard deviations.
-constexpr double kDeviations = 2.0;
 
 at::TensorOptions statistics_of(const LoraPair& pair) {
   const bool wide = pair.a.scalar_type() == at::kDouble;
@@ -101,11 +102,11 @@ void CalibrationGroup::observe(int64_t layer, const Observation& observation) {
     return;  // a module whose output is not this layer's
   }
   seen_[static_cast<size_t>(layer)] = 1;
-  const at::Tensor finite =
-      at::isfinite(observation.inputs.sum(at::kDouble))
-          .logical_and(at::isfinite(observation.output_grads.sum(at::kDouble)));
-  finite_[layer].logical_and_(finite);
   if (batch_ < options_.factor_batches()) {
+    // The factors leave bad rows out; here they are an error.
+    const at::Tensor sum =
+        observation.inputs.sum(at::kFloat) + observation.output_grads.sum(at::kFloat);
+    finite_[layer].logical_and_(at::isfinite(sum));
     pending_.add(layer, observation, factors_);
   } else {
     add_to_sketch(layer, observation);
@@ -114,7 +115,10 @@ void CalibrationGroup::observe(int64_t layer, const Observation& observation) {
 
 void CalibrationGroup::add_to_sketch(int64_t layer, const Observation& observation) {
   const at::ScalarType dtype = factors_.input.basis().scalar_type();
-  const at::Tensor grads = observation.output_grads.to(dtype);
+  at::Tensor grads = observation.output_grads.to(dtype);
+  const at::Tensor counts =
+      at::linalg_vector_norm(grads, std::numeric_limits<double>::infinity(), {-1}).ne(0);
+  rows_[layer].add_(counts.sum());
   const int64_t share_set = pending_.share_set().const_data_ptr<int64_t>()[layer];
   const bool shared = last_.source.defined() && last_.source.is_same(observation.inputs) &&
                       share_set >= 0 && share_set == last_.share_set;
@@ -122,9 +126,18 @@ void CalibrationGroup::add_to_sketch(int64_t layer, const Observation& observati
     const at::Tensor inputs = observation.inputs.to(dtype);
     last_ = {observation.inputs, inputs, gradient_.input_coordinates(layer, inputs), share_set};
   }
+  at::Tensor inputs = last_.inputs;
+  at::Tensor coordinates = last_.coordinates;
+  if (counts.is_cpu()) {  // padding adds zeros; elsewhere the number of rows would be a sync
+    const at::Tensor index = at::nonzero(counts).squeeze(-1);
+    if (4 * index.numel() < 3 * counts.numel()) {
+      inputs = inputs.index_select(0, index);
+      coordinates = coordinates.index_select(0, index);
+      grads = grads.index_select(0, index);
+    }
+  }
   GradientSketch& half = halves_[static_cast<size_t>((batch_ - options_.factor_batches()) % 2)];
-  gradient_.add(half, layer, last_.inputs, last_.coordinates, grads);
-  rows_[layer].add_(grads.ne(0).any(-1).sum());
+  gradient_.add(half, layer, inputs, coordinates, grads);
 }
 
 void CalibrationGroup::commit_factors() {
@@ -169,6 +182,8 @@ int64_t CalibrationGroup::end_batch(int64_t batch) {
 void CalibrationGroup::check_rows() const {
   const at::Tensor finite = finite_.logical_and(finite_layers(halves_[0].range))
                                 .logical_and(finite_layers(halves_[1].range))
+                                .logical_and(finite_layers(halves_[0].corange))
+                                .logical_and(finite_layers(halves_[1].corange))
                                 .to(at::kCPU);
   const at::Tensor rows = rows_.to(at::kCPU);
   for (size_t layer = 0; layer < pairs_.size(); ++layer) {
@@ -206,7 +221,7 @@ void CalibrationGroup::finish_slice(int64_t begin, int64_t end, std::vector<Laye
       split_half_values(gradient.reconstruct(first), gradient.reconstruct(second), found);
   const at::Tensor samples = gradient.effective_samples(first, second);
   const NoiseModel noise = gradient.noise(samples);
-  const at::Tensor kept = (split > kDeviations * gradient.deviation(directions, samples))
+  const at::Tensor kept = (split > options_.deviations * gradient.deviation(directions, samples))
                               .logical_and(directions.values > 0)
                               .logical_and(directions.ok.unsqueeze(-1));
   std::vector<double> scaling;

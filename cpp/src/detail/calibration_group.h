@@ -31,6 +31,9 @@ class CalibrationGroup : public ObservationSink {
 
   RowSampler& sampler() override { return *sampler_; }
   [[nodiscard]] int64_t micro_batch(int64_t layer) const override;
+  [[nodiscard]] bool wants_base_square() const override {
+    return batch_ < options_.factor_batches();
+  }
   void observe(int64_t layer, const Observation& observation) override;
 
   /// @return layers observed in this batch.
@@ -47,8 +50,8 @@ class CalibrationGroup : public ObservationSink {
   void start_sketch();
 
  private:
-  struct Coordinates {  // of the last input: layers that share it share these
-    at::Tensor source, inputs, coordinates;
+  struct Coordinates {                       // of the last input: layers that share it share these
+    at::Tensor source, inputs, coordinates;  // as observed; converted
     int64_t share_set = -1;
   };
   void add_to_sketch(int64_t layer, const Observation& observation);
