@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = r".*encoder.*(query|key|value|dense)"
-METHODS = ("lora", "lora_ga", "eva", "no_shift", "no_shift_half", "shift", "zero_b")
+METHODS = ("lora_ga", "no_shift", "lora", "eva", "no_shift_half", "shift", "zero_b")
 Batch = dict[str, torch.Tensor]
 
 
@@ -224,14 +224,10 @@ def losses(task: Task, method: str, lr: float) -> dict[str, float]:
     return out
 
 
-def training(task: Task) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for method in task.options.methods:
-        by_lr = {str(lr): losses(task, method, lr) for lr in task.options.lrs}
-        counts = next(iter(by_lr.values()))
-        best = {n: min(run[n] for run in by_lr.values()) for n in counts}
-        out[method] = {"best": best, "by_lr": by_lr}
-    return out
+def training(task: Task, method: str) -> dict[str, Any]:
+    by_lr = {str(lr): losses(task, method, lr) for lr in task.options.lrs}
+    counts = next(iter(by_lr.values()))
+    return {"best": {n: min(run[n] for run in by_lr.values()) for n in counts}, "by_lr": by_lr}
 
 
 def main() -> None:
@@ -244,7 +240,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS[:5]))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
@@ -256,10 +252,14 @@ def main() -> None:
     if options.memory_of:
         print(json.dumps({"peak": own_peak(task, options.memory_of)}))
         return
-    result = {"time": times(task), "memory": memory(), "training": training(task)}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     del settings["memory_of"], settings["out"], settings["data"]
-    record("init", {"settings": settings, **result}, options.out)
+    result: dict[str, Any] = {"settings": settings, "time": times(task), "memory": memory()}
+    result["training"] = {}
+    record("init", result, options.out)
+    for method in options.methods:  # written after each: an interrupted run leaves what it has
+        result["training"][method] = training(task, method)
+        record("init", result, options.out)
 
 
 if __name__ == "__main__":
