@@ -11,6 +11,7 @@ void bind_options(pybind11::module_& m);
 void bind_pairs(pybind11::module_& m);
 void bind_numerics(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
+void bind_init(pybind11::module_& m);
 
 /// Long calls run without the GIL: autograd hooks on other threads may need it.
 using ReleaseGil = pybind11::call_guard<pybind11::gil_scoped_release>;

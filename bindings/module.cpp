@@ -11,4 +11,5 @@ PYBIND11_MODULE(_C, m) {
   ctrlora::bind_pairs(m);
   ctrlora::bind_numerics(m);
   ctrlora::bind_engine(m);
+  ctrlora::bind_init(m);
 }

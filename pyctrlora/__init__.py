@@ -15,6 +15,8 @@ from pyctrlora._torch_version import load_extension
 load_extension()
 
 from pyctrlora.attach import Attachment, attach
+from pyctrlora.init import cg_init
+from pyctrlora.init_report import InitReport
 from pyctrlora.layers import LoRALinear, add_lora
 from pyctrlora.optimizer import CTROptimizer
 from pyctrlora.options import EngineOptions
@@ -23,7 +25,9 @@ __all__ = [
     "Attachment",
     "CTROptimizer",
     "EngineOptions",
+    "InitReport",
     "LoRALinear",
     "add_lora",
     "attach",
+    "cg_init",
 ]

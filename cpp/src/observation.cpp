@@ -51,15 +51,32 @@ at::Tensor RowSampler::rows_of(const at::Tensor& inputs,
                     last_.version == inputs._version() && last_.index.is_same(rows);
   if (!same) {
     last_ = {WeakTensor(inputs.getIntrusivePtr()), inputs._version(), rows,
-             rows.defined() ? flat.index_select(0, rows) : flat.clone()};
+             rows.defined()     ? flat.index_select(0, rows)
+             : keep_references_ ? flat
+                                : flat.clone()};
   }
   return last_.rows;
+}
+
+void RowSampler::stop_keeping_references() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  keep_references_ = false;
 }
 
 void ObservationSlot::connect(const std::weak_ptr<ObservationSink>& sink, int64_t layer) {
   const std::lock_guard<std::mutex> lock(mutex_);
   sink_ = sink;
   layer_ = layer;
+}
+
+ObservationSlot::Connection ObservationSlot::connection() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return {sink_, layer_, wanted()};
+}
+
+void ObservationSlot::connect(const Connection& connection) {
+  connect(connection.sink, connection.layer);
+  set_wanted(connection.wanted);
 }
 
 std::shared_ptr<Capture> ObservationSlot::capture(const at::Tensor& inputs,
@@ -82,10 +99,12 @@ std::shared_ptr<Capture> ObservationSlot::capture(const at::Tensor& inputs,
   capture->rows_ = sink->sampler().sample(flat.size(0), sink->micro_batch(layer), inputs.device());
   Observation& observation = capture->observation_;
   observation.inputs = sink->sampler().rows_of(inputs, flat, capture->rows_);
+  capture->version_ = observation.inputs._version();
   observation.row_weight =
       static_cast<double>(flat.size(0)) / static_cast<double>(observation.inputs.size(0));
   observation.sequences = inputs.dim() >= 3 ? flat.size(0) / inputs.size(-2) : flat.size(0);
-  if (base_output.defined() && base_output.numel() / base_output.size(-1) == flat.size(0)) {
+  if (base_output.defined() && sink->wants_base_square() &&
+      base_output.numel() / base_output.size(-1) == flat.size(0)) {
     at::Tensor base = base_output.detach().reshape({flat.size(0), -1});
     base = capture->rows_.defined() ? base.index_select(0, capture->rows_) : base;
     observation.base_square =
@@ -111,7 +130,9 @@ void Capture::complete(const at::Tensor& output_grad) {
     sink = slot->sink_.lock();
     layer = slot->layer_;
   }
-  if (sink != nullptr) {
+  if (sink != nullptr && observation_.inputs._version() != version_) {
+    sink->sampler().stop_keeping_references();
+  } else if (sink != nullptr) {
     sink->observe(layer, observation_);
     slot->observations_.fetch_add(1);
   }

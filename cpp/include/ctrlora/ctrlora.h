@@ -1,6 +1,7 @@
 // Umbrella header: everything public in one include.
 #pragma once
 
+#include "ctrlora/cg_init.h"            // IWYU pragma: export
 #include "ctrlora/engine.h"             // IWYU pragma: export
 #include "ctrlora/gauge.h"              // IWYU pragma: export
 #include "ctrlora/kronecker_factors.h"  // IWYU pragma: export
@@ -15,3 +16,4 @@
 #include "ctrlora/tangent_step.h"       // IWYU pragma: export
 #include "ctrlora/trust_region.h"       // IWYU pragma: export
 #include "ctrlora/version.h"            // IWYU pragma: export
+#include "ctrlora/whitened_gradient.h"  // IWYU pragma: export

@@ -33,7 +33,10 @@ struct CTRLORA_API Observation {
 /// draws the same rows. Thread-safe.
 class CTRLORA_API RowSampler {
  public:
-  RowSampler(int64_t sample_rows, uint64_t seed) : sample_rows_(sample_rows), seed_(seed) {}
+  /// @param keep_references whether inputs of which all rows are taken are held instead of copied:
+  /// no memory beside what autograd keeps, but an input that is overwritten in place is lost.
+  RowSampler(int64_t sample_rows, uint64_t seed, bool keep_references = false)
+      : sample_rows_(sample_rows), seed_(seed), keep_references_(keep_references) {}
 
   void set_step(int64_t step);
 
@@ -45,6 +48,9 @@ class CTRLORA_API RowSampler {
   /// turn (q/k/v, gate/up) get one copy, by whose identity their sketches are shared.
   at::Tensor rows_of(const at::Tensor& inputs, const at::Tensor& flat, const at::Tensor& rows);
 
+  /// An input was overwritten before its backward: from now on copies.
+  void stop_keeping_references();
+
  private:
   using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
   struct LastRows {
@@ -55,6 +61,7 @@ class CTRLORA_API RowSampler {
   std::mutex mutex_;
   int64_t sample_rows_;
   uint64_t seed_;
+  bool keep_references_;
   int64_t step_ = 0;
   // The last draw: all layers of one micro-batch share it.
   int64_t cached_rows_ = -1;
@@ -73,6 +80,8 @@ class CTRLORA_API ObservationSink {
   virtual RowSampler& sampler() = 0;
   /// Backwards of `layer` completed since the last step: numbers the micro-batches.
   virtual int64_t micro_batch(int64_t layer) const = 0;
+  /// Whether |W0 x|^2 of the rows is of use: a pass over the base's output in the forward.
+  [[nodiscard]] virtual bool wants_base_square() const { return true; }
   /// Called from backward, perhaps on an autograd thread. Must not throw on bad numbers.
   virtual void observe(int64_t layer, const Observation& observation) = 0;
 };
@@ -88,6 +97,15 @@ class CTRLORA_API ObservationSlot : public std::enable_shared_from_this<Observat
 
   /// Plugs in (or, with null, out) the receiver; `layer` is its own number for this slot.
   void connect(const std::weak_ptr<ObservationSink>& sink, int64_t layer);
+
+  /// Who listens now, and whether it wants the next forward: to borrow the slot and give it back.
+  struct Connection {
+    std::weak_ptr<ObservationSink> sink;
+    int64_t layer = -1;
+    bool wanted = false;
+  };
+  [[nodiscard]] Connection connection();
+  void connect(const Connection& connection);
 
   /// Samples rows of `inputs` (..., n) and, if defined, of `base_output` (..., m), the frozen base
   /// layer's output. Null when nothing listens or there is no row.
@@ -109,7 +127,8 @@ class CTRLORA_API ObservationSlot : public std::enable_shared_from_this<Observat
 class CTRLORA_API Capture {
  public:
   /// Delivers the observation; `output_grad` (..., m) is the gradient of the layer's output. Never
-  /// modifies it. A second call, or one whose row count differs, is ignored.
+  /// modifies it. A second call, or one whose row count differs, is ignored, and so is an input
+  /// that was overwritten meanwhile.
   void complete(const at::Tensor& output_grad);
 
  private:
@@ -118,6 +137,7 @@ class CTRLORA_API Capture {
   Observation observation_;
   at::Tensor rows_;  // sampled row numbers; undefined: all
   int64_t total_rows_ = 0;
+  int64_t version_ = 0;
   bool done_ = false;
 };
 
