@@ -1,11 +1,13 @@
 // Umbrella header: everything public in one include.
 #pragma once
 
+#include "ctrlora/ctr_optimizer.h"      // IWYU pragma: export
 #include "ctrlora/engine.h"             // IWYU pragma: export
 #include "ctrlora/gauge.h"              // IWYU pragma: export
 #include "ctrlora/kronecker_factors.h"  // IWYU pragma: export
 #include "ctrlora/layer_group.h"        // IWYU pragma: export
 #include "ctrlora/lora_linear.h"        // IWYU pragma: export
+#include "ctrlora/lora_module.h"        // IWYU pragma: export
 #include "ctrlora/lora_pair.h"          // IWYU pragma: export
 #include "ctrlora/low_rank_eigen.h"     // IWYU pragma: export
 #include "ctrlora/observation.h"        // IWYU pragma: export
