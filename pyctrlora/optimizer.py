@@ -152,6 +152,19 @@ class CTROptimizer(torch.optim.Optimizer):
         return loss
 
     @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients and what was observed while they were made.
+
+        So the backward of a step that is skipped (an overflow under `GradScaler`, a loss spike)
+        leaves nothing behind.
+
+        Args:
+            set_to_none: as in torch.
+        """
+        super().zero_grad(set_to_none)
+        self._roster.engine.drop_observations()
+
+    @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, at any time, as its pair group and its fallback group.
 

@@ -215,6 +215,11 @@ at::Tensor CTROptimizer::step(LossClosure closure) {
   return loss;
 }
 
+void CTROptimizer::zero_grad(bool set_to_none) {
+  Optimizer::zero_grad(set_to_none);
+  engine_->drop_observations();
+}
+
 CTROptions& CTROptimizer::options_of(size_t group) {
   return static_cast<CTROptions&>(param_groups_[group].options());
 }

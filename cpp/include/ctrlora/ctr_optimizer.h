@@ -123,6 +123,11 @@ class CTRLORA_API CTROptimizer : public torch::optim::Optimizer {
   /// @return its loss, or an undefined tensor.
   at::Tensor step(LossClosure closure = nullptr) override;
 
+  /// Forgets the gradients and what was observed while they were made: the backward of a step that
+  /// is skipped leaves nothing behind.
+  // NOLINTNEXTLINE(bugprone-derived-method-shadowing-base-method): torch's knows of no observations
+  void zero_grad(bool set_to_none = true);
+
   /// The whole state: plain tensors by the engine's names, and the groups' numbers.
   /// torch::save(opt, path) and torch::load(opt, path) call these.
   void save(torch::serialize::OutputArchive& archive) const override;
