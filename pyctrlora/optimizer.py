@@ -233,6 +233,14 @@ class CTROptimizer(torch.optim.Optimizer):
         finally:
             handle.remove()
 
+    def follow_loss_scale(self, get_scale: Callable[[], float]) -> None:
+        """Sets the option `loss_scale` after construction, unless the constructor was given one.
+
+        Args:
+            get_scale: read at each step, e.g. `GradScaler.get_scale`.
+        """
+        self._roster.config.setdefault("loss_scale", get_scale)
+
     def ranks(self) -> dict[str, int]:
         """Rank of each pair by its name."""
         return {pair.name: pair.a.shape[0] for _, pair in self._roster.all_pairs()}

@@ -1,15 +1,15 @@
 """torch's own optimizer harness over CTROptimizer.
 
 `torch.testing._internal.common_optimizers` describes an optimizer by an `OptimizerInfo`; the wheel
-has the harness and its error inputs, not the bodies of test/test_optim.py. The bodies below have the
-names and the assertions of torch's, over a pair and over parameters without adapters, which AdamW
-trains. Cases of torch's that do not apply, and why:
+has the harness and its error inputs, not the bodies of test/test_optim.py. The bodies below have
+the names and the assertions of torch's, over a pair and over parameters without adapters, which
+AdamW trains. Cases of torch's that do not apply, and why:
 
 - foreach, fused, capturable, differentiable: these flags are not accepted, rather than ignored;
 - complex and sparse parameters: refused by name (test_faults.py);
 - several devices: needs them; a pair on two devices is refused (test_faults.py);
 - test_can_load_older_state_dict: there is no older format; other versions are refused;
-- test_load_nontensor_step, test_state_dict_with_cuda_params: the state is the engine's, not torch's.
+- test_load_nontensor_step, test_state_dict_with_cuda_params: the state is not torch's.
 """
 
 from __future__ import annotations
