@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from pyctrlora.options import EngineOptions
+    from pyctrlora.processes import Group
 
 _WHERE = "[pyctrlora.CTROptimizer]"
 
@@ -53,6 +54,9 @@ class CTROptimizer(torch.optim.Optimizer):
         fallback_betas: AdamW's.
         fallback_eps: AdamW's.
         fallback_weight_decay: AdamW's; 0, since heads and norms are rarely decayed.
+        process_group: the processes that train this model together under DDP, which add up what
+            they observe. "auto": torch.distributed's default group if it is initialised; a
+            `ProcessGroup`; None: this process trains a model of its own.
         **options: settings of the engine, by keyword: see `pyctrlora.options.EngineOptions`.
 
     Raises:
@@ -83,6 +87,7 @@ class CTROptimizer(torch.optim.Optimizer):
         fallback_betas: tuple[float, float] = (0.9, 0.999),
         fallback_eps: float = 1e-8,
         fallback_weight_decay: float = 0.0,
+        process_group: Group = "auto",
         **options: Unpack[EngineOptions],
     ) -> None:
         """See the class."""
@@ -95,7 +100,7 @@ class CTROptimizer(torch.optim.Optimizer):
             "fallback_weight_decay": fallback_weight_decay,
         }
         check_numbers(defaults)
-        self._roster = Roster(options, float(fallback_lr))
+        self._roster = Roster(options, float(fallback_lr), process_group)
         super().__init__(as_groups(params), defaults)
         if not self._roster.pairs:
             warnings.warn(
@@ -148,6 +153,7 @@ class CTROptimizer(torch.optim.Optimizer):
         if callable(scale):
             self._roster.engine.set_loss_scale(scale())
         self._roster.adopt_thawed()
+        self._roster.join_processes()
         self._roster.engine.step([settings_of(group) for group in self.param_groups])
         return loss
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pyctrlora import _C
+from pyctrlora import _C, processes
 from pyctrlora.options import make_options
 from pyctrlora.pairing import is_frozen
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyctrlora.options import EngineOptions
+    from pyctrlora.processes import Group
 
 
 class Roster:
@@ -23,9 +24,12 @@ class Roster:
         pairs: the engine's pairs, call by call.
         adamw: the other parameters it trains, call by call.
         frozen: parameters it has not got yet: frozen ones would only cost memory.
+        process_group: who trains this model together; see `pyctrlora.processes`.
     """
 
-    def __init__(self, config: EngineOptions, fallback_lr: float) -> None:
+    def __init__(
+        self, config: EngineOptions, fallback_lr: float, process_group: Group = "auto"
+    ) -> None:
         """An engine without members; `fallback_lr` is for layers that fail repeatedly."""
         self.config = config
         self.fallback_lr = fallback_lr
@@ -33,6 +37,27 @@ class Roster:
         self.pairs: list[tuple[int, list[_C.LoraPair]]] = []
         self.adamw: list[tuple[int, list[Tensor]]] = []
         self.frozen: list[tuple[int, Tensor]] = []
+        self.process_group = process_group
+        self._joined: Any = None  # the group that the engine adds up over
+        self._agreed = 0  # pairs that all processes were found to have
+        self._join()
+
+    def join_processes(self) -> None:
+        """Before a step: joins the others if need be; all must have the same pairs."""
+        count = len(self.pairs)
+        if count == self._agreed:
+            return
+        self._join()
+        if self._joined is not None:
+            processes.check_agreement(self.all_pairs(), dict(self.config), self._joined)
+        self._agreed = count
+
+    def _join(self) -> None:
+        """As early as possible: before anything is observed."""
+        group = processes.usable(self.process_group)
+        if group is not None and self._joined is None:
+            self._joined = group
+            processes.join(self.engine, group)
 
     def all_pairs(self) -> list[tuple[int, _C.LoraPair]]:
         """Every pair with the index of its parameter group."""
@@ -75,13 +100,15 @@ class Roster:
             (group, [(p.a, p.b, p.scaling, p.name, _C.find_slot(p.a) is not None) for p in pairs])
             for group, pairs in self.pairs
         ]
-        own = {"config": self.config, "fallback_lr": self.fallback_lr}
+        # A group itself cannot be pickled; a copy finds the default one.
+        group = None if self.process_group is None else "auto"
+        own = {"config": self.config, "fallback_lr": self.fallback_lr, "process_group": group}
         members = {"pairs": pairs, "adamw": self.adamw, "frozen": self.frozen}
         return {**own, **members, "tensors": self.engine.named_tensors()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A new engine over the members in `state`, which may be copies."""
-        Roster.__init__(self, state["config"], state["fallback_lr"])
+        Roster.__init__(self, state["config"], state["fallback_lr"], state["process_group"])
         for group, members in state["pairs"]:
             pairs = []
             for a, b, scaling, name, registered in members:

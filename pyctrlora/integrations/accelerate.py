@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def prepare(accelerator: Accelerator, *things: Any) -> Any:
     """`accelerator.prepare(*things)`; every `CTROptimizer` among them follows the GradScaler.
 
-    Accelerate passes an optimizer's state through `load_state_dict` here, which changes nothing: the
-    engine's statistics keep their dtype.
+    Accelerate passes an optimizer's state through `load_state_dict` here, which changes nothing:
+    the engine's statistics keep their dtype.
 
     Args:
         accelerator: makes the GradScaler under `mixed_precision="fp16"`.

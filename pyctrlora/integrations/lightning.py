@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class CTRCallback(Callback):  # type: ignore[misc]
     """Logs `metrics()` to the Trainer's loggers, and to writers of ours.
 
-    Under "16-mixed" it also tells the optimizer the loss scale, without which the predicted KL is too
-    large by the scale's square and the steps too short.
+    Under "16-mixed" it also tells the optimizer the loss scale, without which the predicted KL is
+    too large by the scale's square and the steps too short.
 
     Args:
         *writers: further places, e.g. `pyctrlora.writers.CsvWriter("metrics.csv")`.

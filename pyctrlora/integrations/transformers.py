@@ -31,8 +31,9 @@ class CTROptimizerFactory:
     """For `Trainer(optimizer_cls_and_kwargs=(CTROptimizerFactory, {...}))`.
 
     The Trainer hands parameters without names and without a model to an optimizer's class, but the
-    model itself to a factory: so the layers are attached, observed and known by name. `learning_rate`
-    and `weight_decay` of TrainingArguments do not apply, since they mean AdamW's; its schedule does.
+    model itself to a factory: so the layers are attached, observed and known by name.
+    `learning_rate` and `weight_decay` of TrainingArguments do not apply, since they mean AdamW's;
+    its schedule does.
     """
 
     def __call__(self, model: nn.Module, **settings: Any) -> CTROptimizer:
@@ -44,9 +45,9 @@ class CTRCallback(TrainerCallback):  # type: ignore[misc]
     """Logs `metrics()` whenever the Trainer logs, and saves the ranks with each checkpoint.
 
     The numbers join the Trainer's own under "ctrlora/": in `trainer.state.log_history`, and, if
-    the callback was added by `add_to`, in TensorBoard, W&B and whatever else `report_to` names. Under
-    float16 it also tells the optimizer the loss scale, without which the predicted KL is too large
-    by the scale's square and the steps too short.
+    the callback was added by `add_to`, in TensorBoard, W&B and whatever else `report_to` names.
+    Under float16 it also tells the optimizer the loss scale, without which the predicted KL is too
+    large by the scale's square and the steps too short.
 
     Args:
         *writers: further places, e.g. `pyctrlora.writers.CsvWriter("metrics.csv")`.

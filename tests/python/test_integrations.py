@@ -197,7 +197,8 @@ def test_sft_trainer(tmp_path):
     )  # fmt: skip
     run = SFTTrainer(
         tiny_model(), args, train_dataset=Dataset.from_dict({"text": texts}),
-        processing_class=fast, optimizer_cls_and_kwargs=(CTROptimizerFactory, {"lr": 0.1, "fallback_lr": 0.02}),
+        processing_class=fast,
+        optimizer_cls_and_kwargs=(CTROptimizerFactory, {"lr": 0.1, "fallback_lr": 0.02}),
     )  # fmt: skip
     CTRCallback().add_to(run)
     run.train()

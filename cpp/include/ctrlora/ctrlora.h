@@ -12,6 +12,7 @@
 #include "ctrlora/low_rank_eigen.h"     // IWYU pragma: export
 #include "ctrlora/observation.h"        // IWYU pragma: export
 #include "ctrlora/options.h"            // IWYU pragma: export
+#include "ctrlora/processes.h"          // IWYU pragma: export
 #include "ctrlora/proposal.h"           // IWYU pragma: export
 #include "ctrlora/side_stream.h"        // IWYU pragma: export
 #include "ctrlora/tangent_step.h"       // IWYU pragma: export

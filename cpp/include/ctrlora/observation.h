@@ -36,6 +36,8 @@ class CTRLORA_API RowSampler {
   RowSampler(int64_t sample_rows, uint64_t seed) : sample_rows_(sample_rows), seed_(seed) {}
 
   void set_step(int64_t step);
+  /// Processes draw independently of each other.
+  void set_process(int64_t rank);
 
   /// Indices (R) int64 of the rows of micro-batch `micro_batch`, or an undefined tensor if all
   /// `rows` rows are taken.
@@ -56,6 +58,7 @@ class CTRLORA_API RowSampler {
   int64_t sample_rows_;
   uint64_t seed_;
   int64_t step_ = 0;
+  int64_t process_ = 0;
   // The last draw: all layers of one micro-batch share it.
   int64_t cached_rows_ = -1;
   int64_t cached_micro_batch_ = -1;
