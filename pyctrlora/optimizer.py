@@ -153,7 +153,7 @@ class CTROptimizer(torch.optim.Optimizer):
         if callable(scale):
             self._roster.engine.set_loss_scale(scale())
         self._roster.adopt_thawed()
-        self._roster.join_processes()
+        self._roster.before_step()
         self._roster.engine.step([settings_of(group) for group in self.param_groups])
         return loss
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.weak import WeakTensorKeyDictionary
+
 from pyctrlora import _C, processes
+from pyctrlora.observer import lost
 from pyctrlora.options import make_options
 from pyctrlora.pairing import is_frozen
 
@@ -13,6 +16,11 @@ if TYPE_CHECKING:
 
     from pyctrlora.options import EngineOptions
     from pyctrlora.processes import Group
+
+
+_WHERE = "[pyctrlora.CTROptimizer]"
+# Which roster's engine holds a pair: the one that took it last, whose slabs it is a view of.
+_owners: Any = WeakTensorKeyDictionary()
 
 
 class Roster:
@@ -38,12 +46,18 @@ class Roster:
         self.adamw: list[tuple[int, list[Tensor]]] = []
         self.frozen: list[tuple[int, Tensor]] = []
         self.process_group = process_group
+        self.token = object()
         self._joined: Any = None  # the group that the engine adds up over
         self._agreed = 0  # pairs that all processes were found to have
         self._join()
 
-    def join_processes(self) -> None:
-        """Before a step: joins the others if need be; all must have the same pairs."""
+    def before_step(self) -> None:
+        """Nothing may have been taken from us; all processes must have the same pairs.
+
+        Raises:
+            ValueError: layers have new parameters, another optimizer has them, or processes differ.
+        """
+        self._check_members()
         count = len(self.pairs)
         if count == self._agreed:
             return
@@ -51,6 +65,23 @@ class Roster:
         if self._joined is not None:
             processes.check_agreement(self.all_pairs(), dict(self.config), self._joined)
         self._agreed = count
+
+    def _check_members(self) -> None:
+        if lost:
+            gone = [f"'{p.name}' {lost[p.a]}" for _, p in self.all_pairs() if p.a in lost]
+            if gone:
+                raise ValueError(
+                    f"{_WHERE} expected the layers' own parameters; got old ones, which nothing "
+                    f"uses any more: {', '.join(gone)}. Remedy: attach(model) and build a new "
+                    "optimizer after changing adapters."
+                )
+        for _, pairs in self.pairs:
+            if _owners.get(pairs[0].a) is not self.token:
+                raise ValueError(
+                    f"{_WHERE} expected to be the only optimizer of its layers; got "
+                    f"'{pairs[0].name}', which a CTROptimizer built later has taken over. Remedy: "
+                    "step the newest one, or give each its own parameters."
+                )
 
     def _join(self) -> None:
         """As early as possible: before anything is observed."""
@@ -75,7 +106,12 @@ class Roster:
             taken.add(name)
             renamed.append(_C.LoraPair(pair.a, pair.b, pair.scaling, name))
         self.engine.add_pairs(renamed, group)
-        self.pairs.append((group, renamed))
+        self._own(group, renamed)
+
+    def _own(self, group: int, pairs: list[_C.LoraPair]) -> None:
+        self.pairs.append((group, pairs))
+        for pair in pairs:
+            _owners[pair.a] = self.token
 
     def add_others(self, tensors: list[Tensor], group: int) -> None:
         """Parameters for AdamW; frozen ones wait."""
@@ -116,7 +152,7 @@ class Roster:
                 if registered:
                     _C.register_pair(pairs[-1])
             self.engine.add_pairs(pairs, group)
-            self.pairs.append((group, pairs))
+            self._own(group, pairs)
         for group, tensors in state["adamw"]:
             self.engine.add_fallback(tensors, group)
             self.adamw.append((group, tensors))

@@ -259,11 +259,13 @@ def test_named_and_unnamed_states_load_into_each_other(net, batches, train, trai
     results = []
     for names in ((False, False), (True, False), (False, True), (True, True)):
         model = mixed(net)
-        first, second = (
-            CTROptimizer([(n, p) if named else p for n, p in model.named_parameters()])
-            for named in names
-        )
+
+        def build(named: bool, model: Any = model) -> CTROptimizer:
+            return CTROptimizer([(n, p) if named else p for n, p in model.named_parameters()])
+
+        first = build(names[0])
         train(model, first, data[:3])
+        second = build(names[1])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("warnings.warn", lambda *args, **kwargs: None)
             second.load_state_dict(copy.deepcopy(first.state_dict()))

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(600)
 def program() -> Path:
     """The project of tests/embed, built from a copy by the user's three commands."""
     # Kept between runs: torch's headers alone take half a minute.
-    build = Path(__file__).resolve().parents[2] / "build" / "embed"
+    build = Path(__file__).resolve().parents[2] / "build" / "embed-test"
     configure = ["cmake", "-S", str(PROJECT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
     ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
     prefix = f"-DCMAKE_PREFIX_PATH={pyctrlora.cmake_prefix_path}"
