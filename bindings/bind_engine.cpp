@@ -1,3 +1,4 @@
+#include <pybind11/functional.h>
 #include <pybind11/typing.h>
 #include "bindings.h"
 
@@ -14,6 +15,13 @@ void bind_engine(py::module_& m) {
       .def("add_fallback", wrapped(&Engine::add_fallback), py::arg("params"), py::arg("group"))
       .def("step", wrapped(&Engine::step), py::arg("settings"))
       .def("set_loss_scale", wrapped(&Engine::set_loss_scale), py::arg("loss_scale"))
+      .def(
+          "set_processes",
+          wrapped([](Engine& engine, std::function<void(const std::vector<at::Tensor>&)> all_reduce,
+                     int64_t rank, int64_t count) {
+            engine.set_processes({std::move(all_reduce), rank, count});
+          }),
+          py::arg("all_reduce"), py::arg("rank"), py::arg("count"))
       .def("drop_observations", wrapped(&Engine::drop_observations))
       .def("steps", &Engine::steps)
       .def("retired", &Engine::retired)

@@ -10,7 +10,7 @@ Example:
 """
 
 # ruff: noqa: E402  (the torch version is checked before anything loads the extension)
-from pyctrlora._torch_version import load_extension
+from pyctrlora._torch_version import cmake_folder, load_extension
 
 load_extension()
 
@@ -21,6 +21,10 @@ from pyctrlora.layers import LoRALinear, add_lora
 from pyctrlora.optimizer import CTROptimizer
 from pyctrlora.options import EngineOptions
 
+#: Lets CMake's find_package(ctrlora) find the library, the headers and torch:
+#: `cmake -DCMAKE_PREFIX_PATH=$(python -c "import pyctrlora as p; print(p.cmake_prefix_path)") ...`
+cmake_prefix_path: str = cmake_folder()
+
 __all__ = [
     "Attachment",
     "CTROptimizer",
@@ -30,4 +34,5 @@ __all__ = [
     "add_lora",
     "attach",
     "cg_init",
+    "cmake_prefix_path",
 ]

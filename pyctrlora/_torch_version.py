@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +40,12 @@ def load_extension() -> ModuleType:
         ) from error
     _check(extension.BUILT_WITH_TORCH)
     return extension
+
+
+def cmake_folder() -> str:
+    """Where the CMake package lies: beside the extension, also for an editable install."""
+    extension = importlib.import_module("pyctrlora._C")
+    return str(Path(str(extension.__file__)).parent / "share" / "cmake")
 
 
 def _built_with() -> str | None:

@@ -121,7 +121,7 @@ class Attachment:
         for half in (found.a, found.b):
             _reasons.pop(half, None)
         observer = LayerObserver.of(found.layer)
-        if observer.watch(found.layer, found.adapter, slot):
+        if observer.watch(found.layer, found.adapter, slot, found.a):
             self._observed.append((observer, found.adapter, slot, found.a))
 
 

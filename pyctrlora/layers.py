@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, loads dynamo lazily
 
 from pyctrlora import _C
+from pyctrlora.observer import lost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -89,7 +90,8 @@ class LoRALinear(nn.Module):
         """(..., in_features) to (..., out_features)."""
         a, b = self.lora_a, self.lora_b
         if self._registered[0] is not a or self._registered[1] is not b:
-            self._register_pair()  # load_state_dict(assign=True) and the like make new Parameters
+            lost[self._registered[0]] = "got new parameters (load_state_dict with assign, say)"
+            self._register_pair()
         transposed = _is_conv1d(self.base)
         if transposed or type(self.base) is nn.Linear:
             weight, bias = self.weight, self.bias

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, loads dynamo lazily
+from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from pyctrlora import _C
 
 _ATTRIBUTE = "_ctrlora_observer"  # where a LoRA layer keeps its observer
+
+# Parameters (first halves) that were seen to have left their layer, and how. An optimizer that
+# holds one would train it for nothing.
+lost: Any = WeakTensorKeyDictionary()
 
 
 class LayerObserver:
@@ -26,6 +31,7 @@ class LayerObserver:
     def __init__(self, layer: nn.Module) -> None:
         """Installs the hooks."""
         self.slots: dict[str, _C.ObservationSlot] = {}
+        self.first: dict[str, weakref.ref[Tensor]] = {}
         self.captures: list[_C.Capture] = []
         self.layer = weakref.ref(layer)
         base: nn.Module = layer.base_layer  # type: ignore[assignment]
@@ -43,11 +49,12 @@ class LayerObserver:
             setattr(layer, _ATTRIBUTE, observer)
         return observer
 
-    def watch(self, layer: nn.Module, adapter: str, slot: _C.ObservationSlot) -> bool:
-        """Observes one more adapter; False if it was observed already."""
+    def watch(self, layer: nn.Module, adapter: str, slot: _C.ObservationSlot, a: Tensor) -> bool:
+        """Observes one more adapter, whose first half is `a`; False if it was observed already."""
         new = self.slots.get(adapter) is not slot
         self.layer = weakref.ref(layer)
         self.slots[adapter] = slot
+        self.first[adapter] = weakref.ref(a)
         return new
 
     def forget(self, adapter: str, slot: _C.ObservationSlot) -> bool:
@@ -70,6 +77,7 @@ class LayerObserver:
         if not (wanted and args and torch.is_grad_enabled() and isinstance(output, Tensor)):
             return
         layer = self.layer()
+        wanted = [name for name in wanted if self._is_current(layer, name)]
         if getattr(layer, "disable_adapters", False) or getattr(layer, "merged", False):
             return
         active = getattr(layer, "active_adapters", wanted)
@@ -78,6 +86,23 @@ class LayerObserver:
                 capture = self.slots[name].capture(args[0], output)
                 if capture is not None:
                     self.captures.append(capture)
+
+    def _is_current(self, layer: nn.Module | None, adapter: str) -> bool:
+        """Whether the layer still has the parameters that were attached; if not, they are lost."""
+        a = self.first[adapter]()
+        halves: Any = getattr(layer, "lora_A", {})
+        if layer is None:
+            how = "was merged or unloaded"
+        elif adapter not in halves:
+            how = "was deleted"
+        elif halves[adapter].weight is not a:
+            how = "got new parameters (update_layer and the like)"
+        else:
+            return True
+        if a is not None:
+            lost[a] = how
+        del self.slots[adapter]
+        return False
 
     @_disable_dynamo
     def see_output(
@@ -98,6 +123,7 @@ class LayerObserver:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A blind observer."""
         self.slots = {}
+        self.first = {}
         self.captures = []
         self.layer = weakref.ref(nn.Module())  # dead
         self.handles = state["handles"]

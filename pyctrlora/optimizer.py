@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from pyctrlora.options import EngineOptions
+    from pyctrlora.processes import Group
 
 _WHERE = "[pyctrlora.CTROptimizer]"
 
@@ -53,6 +54,9 @@ class CTROptimizer(torch.optim.Optimizer):
         fallback_betas: AdamW's.
         fallback_eps: AdamW's.
         fallback_weight_decay: AdamW's; 0, since heads and norms are rarely decayed.
+        process_group: the processes that train this model together under DDP, which add up what
+            they observe. "auto": torch.distributed's default group if it is initialised; a
+            `ProcessGroup`; None: this process trains a model of its own.
         **options: settings of the engine, by keyword: see `pyctrlora.options.EngineOptions`.
 
     Raises:
@@ -83,6 +87,7 @@ class CTROptimizer(torch.optim.Optimizer):
         fallback_betas: tuple[float, float] = (0.9, 0.999),
         fallback_eps: float = 1e-8,
         fallback_weight_decay: float = 0.0,
+        process_group: Group = "auto",
         **options: Unpack[EngineOptions],
     ) -> None:
         """See the class."""
@@ -95,7 +100,7 @@ class CTROptimizer(torch.optim.Optimizer):
             "fallback_weight_decay": fallback_weight_decay,
         }
         check_numbers(defaults)
-        self._roster = Roster(options, float(fallback_lr))
+        self._roster = Roster(options, float(fallback_lr), process_group)
         super().__init__(as_groups(params), defaults)
         if not self._roster.pairs:
             warnings.warn(
@@ -148,8 +153,22 @@ class CTROptimizer(torch.optim.Optimizer):
         if callable(scale):
             self._roster.engine.set_loss_scale(scale())
         self._roster.adopt_thawed()
+        self._roster.before_step()
         self._roster.engine.step([settings_of(group) for group in self.param_groups])
         return loss
+
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients and what was observed while they were made.
+
+        So the backward of a step that is skipped (an overflow under `GradScaler`, a loss spike)
+        leaves nothing behind.
+
+        Args:
+            set_to_none: as in torch.
+        """
+        super().zero_grad(set_to_none)
+        self._roster.engine.drop_observations()
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -219,6 +238,14 @@ class CTROptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+
+    def follow_loss_scale(self, get_scale: Callable[[], float]) -> None:
+        """Sets the option `loss_scale` after construction, unless the constructor was given one.
+
+        Args:
+            get_scale: read at each step, e.g. `GradScaler.get_scale`.
+        """
+        self._roster.config.setdefault("loss_scale", get_scale)
 
     def ranks(self) -> dict[str, int]:
         """Rank of each pair by its name."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pyctrlora import _C
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pyctrlora import _C, processes
+from pyctrlora.observer import lost
 from pyctrlora.options import make_options
 from pyctrlora.pairing import is_frozen
 
@@ -12,6 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyctrlora.options import EngineOptions
+    from pyctrlora.processes import Group
+
+
+_WHERE = "[pyctrlora.CTROptimizer]"
+# Which roster's engine holds a pair: the one that took it last, whose slabs it is a view of.
+_owners: Any = WeakTensorKeyDictionary()
 
 
 class Roster:
@@ -23,9 +32,12 @@ class Roster:
         pairs: the engine's pairs, call by call.
         adamw: the other parameters it trains, call by call.
         frozen: parameters it has not got yet: frozen ones would only cost memory.
+        process_group: who trains this model together; see `pyctrlora.processes`.
     """
 
-    def __init__(self, config: EngineOptions, fallback_lr: float) -> None:
+    def __init__(
+        self, config: EngineOptions, fallback_lr: float, process_group: Group = "auto"
+    ) -> None:
         """An engine without members; `fallback_lr` is for layers that fail repeatedly."""
         self.config = config
         self.fallback_lr = fallback_lr
@@ -33,6 +45,50 @@ class Roster:
         self.pairs: list[tuple[int, list[_C.LoraPair]]] = []
         self.adamw: list[tuple[int, list[Tensor]]] = []
         self.frozen: list[tuple[int, Tensor]] = []
+        self.process_group = process_group
+        self.token = object()
+        self._joined: Any = None  # the group that the engine adds up over
+        self._agreed = 0  # pairs that all processes were found to have
+        self._join()
+
+    def before_step(self) -> None:
+        """Nothing may have been taken from us; all processes must have the same pairs.
+
+        Raises:
+            ValueError: layers have new parameters, another optimizer has them, or processes differ.
+        """
+        self._check_members()
+        count = len(self.pairs)
+        if count == self._agreed:
+            return
+        self._join()
+        if self._joined is not None:
+            processes.check_agreement(self.all_pairs(), dict(self.config), self._joined)
+        self._agreed = count
+
+    def _check_members(self) -> None:
+        if lost:
+            gone = [f"'{p.name}' {lost[p.a]}" for _, p in self.all_pairs() if p.a in lost]
+            if gone:
+                raise ValueError(
+                    f"{_WHERE} expected the layers' own parameters; got old ones, which nothing "
+                    f"uses any more: {', '.join(gone)}. Remedy: attach(model) and build a new "
+                    "optimizer after changing adapters."
+                )
+        for _, pairs in self.pairs:
+            if _owners.get(pairs[0].a) is not self.token:
+                raise ValueError(
+                    f"{_WHERE} expected to be the only optimizer of its layers; got "
+                    f"'{pairs[0].name}', which a CTROptimizer built later has taken over. Remedy: "
+                    "step the newest one, or give each its own parameters."
+                )
+
+    def _join(self) -> None:
+        """As early as possible: before anything is observed."""
+        group = processes.usable(self.process_group)
+        if group is not None and self._joined is None:
+            self._joined = group
+            processes.join(self.engine, group)
 
     def all_pairs(self) -> list[tuple[int, _C.LoraPair]]:
         """Every pair with the index of its parameter group."""
@@ -50,7 +106,12 @@ class Roster:
             taken.add(name)
             renamed.append(_C.LoraPair(pair.a, pair.b, pair.scaling, name))
         self.engine.add_pairs(renamed, group)
-        self.pairs.append((group, renamed))
+        self._own(group, renamed)
+
+    def _own(self, group: int, pairs: list[_C.LoraPair]) -> None:
+        self.pairs.append((group, pairs))
+        for pair in pairs:
+            _owners[pair.a] = self.token
 
     def add_others(self, tensors: list[Tensor], group: int) -> None:
         """Parameters for AdamW; frozen ones wait."""
@@ -75,13 +136,15 @@ class Roster:
             (group, [(p.a, p.b, p.scaling, p.name, _C.find_slot(p.a) is not None) for p in pairs])
             for group, pairs in self.pairs
         ]
-        own = {"config": self.config, "fallback_lr": self.fallback_lr}
+        # A group itself cannot be pickled; a copy finds the default one.
+        group = None if self.process_group is None else "auto"
+        own = {"config": self.config, "fallback_lr": self.fallback_lr, "process_group": group}
         members = {"pairs": pairs, "adamw": self.adamw, "frozen": self.frozen}
         return {**own, **members, "tensors": self.engine.named_tensors()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A new engine over the members in `state`, which may be copies."""
-        Roster.__init__(self, state["config"], state["fallback_lr"])
+        Roster.__init__(self, state["config"], state["fallback_lr"], state["process_group"])
         for group, members in state["pairs"]:
             pairs = []
             for a, b, scaling, name, registered in members:
@@ -89,7 +152,7 @@ class Roster:
                 if registered:
                     _C.register_pair(pairs[-1])
             self.engine.add_pairs(pairs, group)
-            self.pairs.append((group, pairs))
+            self._own(group, pairs)
         for group, tensors in state["adamw"]:
             self.engine.add_fallback(tensors, group)
             self.adamw.append((group, tensors))

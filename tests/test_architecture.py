@@ -34,6 +34,9 @@ MAX_FILE_LINES = {
 # Headers without behaviour of their own: the umbrella, the export macro, two constants.
 UNTESTED_HEADERS = {"ctrlora", "export", "version"}
 
+# For C++ programs: the engine as torch's own optimizer and module.
+SHELLS = {"ctr_optimizer", "lora_module"}
+
 # torch's umbrella headers cost 10 to 21 s per file.
 UMBRELLAS = r"torch/(torch|all|types|extension)\.h|ATen/ATen\.h"
 FORBIDDEN_INCLUDES = {
@@ -123,8 +126,17 @@ def test_public_headers_stand_alone() -> None:
         for path in files("cpp/include/ctrlora/*.h")
         for header in includes(path)
         if not header.startswith(("ctrlora/", "ATen/core/", "c10/")) and "/" in header
+        if not (path.stem in SHELLS and header.startswith(("torch/optim/", "torch/nn/")))
     ]
     assert not offences
+
+
+def test_only_the_umbrella_includes_the_shells() -> None:
+    """torch's optimizer and module cost seconds; the engine's users do not pay for them."""
+    shells = {f"ctrlora/{stem}.h" for stem in SHELLS}
+    for path in files("cpp/include/**/*.h", "cpp/src/**/*.*", "bindings/*.*"):
+        if path.stem not in {"ctrlora", *SHELLS}:
+            assert not shells & set(includes(path)), name(path)
 
 
 def test_python_has_no_linear_algebra() -> None:

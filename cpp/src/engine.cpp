@@ -67,6 +67,9 @@ void Engine::add_pairs(const std::vector<LoraPair>& pairs, int64_t group) {
   for (const Shape& shape : order) {
     groups_.push_back(std::make_shared<LayerGroup>(sorted[shape], group, options_, sampler_));
     LayerGroup::connect(groups_.back());
+    if (processes_ != nullptr) {
+      groups_.back()->set_processes(processes_);
+    }
   }
 }
 
@@ -184,6 +187,16 @@ void Engine::hand_to_adamw(const LoraPair& pair, int64_t group) {
   fallbacks_.push_back(
       std::make_unique<detail::AdamW>(std::vector<at::Tensor>{pair.a, pair.b}, group));
   fallbacks_.back()->retired = pair.name;
+}
+
+void Engine::set_processes(Processes processes) {
+  const detail::NumericsGuard guard;
+  processes.validate();
+  sampler_->set_process(processes.rank);
+  processes_ = std::make_shared<const Processes>(std::move(processes));
+  for (const auto& group : groups_) {
+    group->set_processes(processes_);
+  }
 }
 
 void Engine::drop_observations() {

@@ -50,6 +50,11 @@ void LayerGroup::observe(int64_t layer, const Observation& observation) {
   observations_->add(layer, observation, factors_);
 }
 
+void LayerGroup::set_processes(const std::shared_ptr<const Processes>& processes) {
+  observations_->set_processes(processes, factors_);
+  refresh_metrics();
+}
+
 void LayerGroup::drop_observations() {
   observations_->clear();
 }

@@ -19,6 +19,12 @@ void RowSampler::set_step(int64_t step) {
   last_ = {};
 }
 
+void RowSampler::set_process(int64_t rank) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  process_ = rank;
+  cached_rows_ = -1;
+}
+
 at::Tensor RowSampler::sample(int64_t rows, int64_t micro_batch, at::Device device) {
   if (rows <= sample_rows_) {
     return {};
@@ -28,7 +34,8 @@ at::Tensor RowSampler::sample(int64_t rows, int64_t micro_batch, at::Device devi
     // One stream of the generator per (step, micro-batch).
     const uint64_t stream =
         (static_cast<uint64_t>(step_) << 20U) + static_cast<uint64_t>(micro_batch);
-    const std::vector<double> offset = detail::philox_uniform(seed_, stream, sample_rows_);
+    const uint64_t seed = seed_ ^ (static_cast<uint64_t>(process_) * 0x9E3779B97F4A7C15ULL);
+    const std::vector<double> offset = detail::philox_uniform(seed, stream, sample_rows_);
     std::vector<int64_t> picked(offset.size());
     const double stride = static_cast<double>(rows) / static_cast<double>(sample_rows_);
     for (size_t i = 0; i < picked.size(); ++i) {

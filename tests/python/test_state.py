@@ -79,6 +79,26 @@ def test_loading_keeps_dtypes(net, batches, train, state):
     assert before["group0.input.basis"].dtype is torch.float32
 
 
+def test_parameters_do_not_share_a_storage(net, batches, train, tmp_path):
+    """They are parts of slabs; libraries that look at storages must not take them for tied."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = net("own", rank=2)
+    opt = CTROptimizer(model.parameters())
+    for dtype in (torch.float64, torch.float32, torch.float64):
+        model.to(dtype)
+        train(model, opt, batches(1, dtype=dtype))
+        halves = [pair_half for _, p in opt._roster.all_pairs() for pair_half in (p.a, p.b)]
+        storages = [half.untyped_storage() for half in halves]
+        assert len({s.data_ptr() for s in storages}) == 6
+        assert all(s.nbytes() == half.nbytes for s, half in zip(storages, halves, strict=True))
+    safetensors.save_model(model, tmp_path / "model.safetensors")
+    saved = safetensors.load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["second.lora_b"], model.second.lora_b)
+    kept = model.first.lora_a.data
+    del opt, model  # the memory lives as long as any part of it
+    assert kept.isfinite().all()
+
+
 def test_accelerate_round_trip_keeps_the_state(net, batches, train, state, same):
     accelerate = pytest.importorskip("accelerate")
     model = net("own")

@@ -14,6 +14,7 @@
 #include "ctrlora/layer_group.h"
 #include "ctrlora/lora_pair.h"
 #include "ctrlora/options.h"
+#include "ctrlora/processes.h"
 #include "ctrlora/side_stream.h"
 
 namespace ctrlora {
@@ -43,6 +44,11 @@ class CTRLORA_API Engine {
 
   /// Scale of the loss for the gradients observed from now on (GradScaler).
   void set_loss_scale(double loss_scale);
+
+  /// The same model is trained by several processes with equal gradients (DDP). To be called
+  /// before anything is observed; what was observed since the last step is dropped.
+  /// @throws c10::ValueError if rank or count make no sense.
+  void set_processes(Processes processes);
 
   /// Forgets what was observed since the last step: gradients that are thrown away take their rows
   /// along.
@@ -82,6 +88,7 @@ class CTRLORA_API Engine {
   std::vector<std::unique_ptr<detail::AdamW>> fallbacks_;
   std::vector<std::string> retired_;
   std::unique_ptr<StepReport> report_;
+  std::shared_ptr<const Processes> processes_;  // null: there is one
   int64_t steps_ = 0;
 };
 

@@ -17,6 +17,7 @@
 #include "ctrlora/lora_pair.h"
 #include "ctrlora/observation.h"
 #include "ctrlora/options.h"
+#include "ctrlora/processes.h"
 #include "ctrlora/proposal.h"
 #include "ctrlora/side_stream.h"
 
@@ -55,6 +56,7 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   [[nodiscard]] int64_t micro_batch(int64_t layer) const override;
   void observe(int64_t layer, const Observation& observation) override;
   void drop_observations();
+  void set_processes(const std::shared_ptr<const Processes>& processes);
   void set_loss_scale(double loss_scale) { options_.loss_scale = loss_scale; }
 
   // ---- One step, in this order (engine.cpp) ----

@@ -39,6 +39,8 @@ class CTRLORA_API RowSampler {
       : sample_rows_(sample_rows), seed_(seed), keep_references_(keep_references) {}
 
   void set_step(int64_t step);
+  /// Processes draw independently of each other.
+  void set_process(int64_t rank);
 
   /// Indices (R) int64 of the rows of micro-batch `micro_batch`, or an undefined tensor if all
   /// `rows` rows are taken.
@@ -63,6 +65,7 @@ class CTRLORA_API RowSampler {
   uint64_t seed_;
   bool keep_references_;
   int64_t step_ = 0;
+  int64_t process_ = 0;
   // The last draw: all layers of one micro-batch share it.
   int64_t cached_rows_ = -1;
   int64_t cached_micro_batch_ = -1;

@@ -1,5 +1,6 @@
 #include "detail/parameter_slabs.h"
 
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
 
@@ -14,6 +15,15 @@ namespace ctrlora::detail {
 namespace {
 
 constexpr double kNever = std::numeric_limits<double>::quiet_NaN();  // no parameter's value
+
+// Layer `layer` of a slab with a storage of its own over the same memory. As a plain view it would
+// share the slab's storage, and whoever looks at storages (safetensors, accelerate, torch.save)
+// would take all layers for tied or save the slab with each.
+at::Tensor part_of(const at::Tensor& slab, int64_t layer) {
+  const at::Tensor view = slab[layer];
+  return at::from_blob(
+      view.data_ptr(), view.sizes(), [slab](void*) {}, slab.options(), slab.device());
+}
 
 }  // namespace
 
@@ -33,8 +43,8 @@ void ParameterSlabs::adopt() {
   probe_a_ = at::full({a_.size(0), a_.size(1)}, kNever, a_.options());
   probe_b_ = at::full({b_.size(0), b_.size(2)}, kNever, b_.options());
   for (size_t l = 0; l < pairs_.size(); ++l) {
-    pairs_[l].a.set_data(a_[static_cast<int64_t>(l)]);
-    pairs_[l].b.set_data(b_[static_cast<int64_t>(l)]);
+    pairs_[l].a.set_data(part_of(a_, static_cast<int64_t>(l)));
+    pairs_[l].b.set_data(part_of(b_, static_cast<int64_t>(l)));
   }
 }
 
@@ -116,7 +126,7 @@ void ParameterSlabs::rebind(at::Tensor& param,
     return;
   }
   const NumericsGuard guard;
-  const at::Tensor home = slab[layer];
+  const at::Tensor home = part_of(slab, layer);
   CTRLORA_CHECK(param.sizes() == home.sizes() && param.device() == home.device() &&
                     param.scalar_type() == home.scalar_type(),
                 "ctrlora::Engine::step", "a parameter of pair '", name, "' was replaced: expected ",

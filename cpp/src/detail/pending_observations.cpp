@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include "detail/philox.h"
 #include "detail/tall_skinny.h"
 #include "detail/tensor_math.h"
 
@@ -72,6 +73,7 @@ PendingObservations::Rows finite_rows(const at::Tensor& values) {
 PendingObservations::PendingObservations(int64_t layers, const Options& options)
     : seed_(options.seed),
       factor_every_(options.factor_every),
+      mean_loss_(options.loss_reduction == "mean"),
       sums_(static_cast<size_t>(layers)),
       started_(static_cast<size_t>(layers)),
       observed_(static_cast<size_t>(layers)),
@@ -176,11 +178,14 @@ CurvatureSketch PendingObservations::collect(int64_t begin,
     output.push_back(has ? &sums.output : &no_output);
     base_square.push_back(has ? sums.base_square : no_input.weight);
     sequences.push_back(has ? sums.sequences : no_input.weight);
-    proxy.push_back(needs_proxy ? 1 : 0);
+    proxy.push_back(needs_proxy ? 1 : 0);  // with other processes: unless one of them observed it
   }
   CurvatureSketch sketch{concatenate(input), concatenate(output), at::cat(base_square),
                          at::cat(sequences),
                          at::tensor(proxy, at::kByte).to(grad_ok.device(), at::kBool)};
+  if (processes_ != nullptr) {
+    sketch = processes_->sum(sketch, mean_loss_);
+  }
   if (any_proxy) {
     const auto [rows_a, rows_b] = gradient_rows();
     const at::Tensor weights =
@@ -206,7 +211,31 @@ void PendingObservations::clear() {
   last_ = {};
 }
 
-void PendingObservations::resume(const KroneckerFactors& factors) {
+void PendingObservations::set_processes(std::shared_ptr<const Processes> processes,
+                                        KroneckerFactors& factors) {
+  clear();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  processes_ = std::move(processes);
+  start_all(factors);
+}
+
+// No process can start a basis from its own rows: the sums of all must be in one basis.
+void PendingObservations::start_all(KroneckerFactors& factors) {
+  std::vector<uint8_t> missing;
+  for (size_t l = 0; l < sums_.size(); ++l) {
+    missing.push_back(started_[l] ? 0 : 1);
+    started_[l] = true;
+  }
+  for (LowRankEigen* factor : {&factors.input, &factors.output}) {
+    const at::Tensor& basis = factor->basis();
+    const at::Tensor where = at::tensor(missing, at::kByte).to(basis.device(), at::kBool);
+    const at::Tensor rows =
+        philox_normal(seed_, 3, {1, factor->sketch_rank(), factor->size()}, basis.options());
+    factor->start_basis(rows.expand({basis.size(0), -1, -1}), where, seed_);
+  }
+}
+
+void PendingObservations::resume(KroneckerFactors& factors) {
   const std::lock_guard<std::mutex> lock(mutex_);
   // A complete basis is never zero, an unstarted one of k < d is.
   const auto has_basis = [](const LowRankEigen& factor) {
@@ -217,6 +246,9 @@ void PendingObservations::resume(const KroneckerFactors& factors) {
   for (size_t l = 0; l < sums_.size(); ++l) {
     started_[l] = started.const_data_ptr<bool>()[l];
     observed_[l] = observed.const_data_ptr<bool>()[l];
+  }
+  if (processes_ != nullptr) {
+    start_all(factors);
   }
 }
 

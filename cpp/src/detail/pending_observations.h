@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "ctrlora/kronecker_factors.h"
 #include "ctrlora/observation.h"
 #include "ctrlora/options.h"
+#include "ctrlora/processes.h"
 
 namespace ctrlora::detail {
 
@@ -49,8 +51,11 @@ class PendingObservations {
 
   /// (L) int64 share sets: layers with one number receive one input tensor. -1: not known yet.
   [[nodiscard]] const at::Tensor& share_set() const { return share_set_; }
+  /// From now on sums are those of all processes. Bases that rows have not started yet are started
+  /// from random numbers, the same in every process. What is pending is dropped.
+  void set_processes(std::shared_ptr<const Processes> processes, KroneckerFactors& factors);
   /// After factors and share sets were loaded.
-  void resume(const KroneckerFactors& factors);
+  void resume(KroneckerFactors& factors);
 
  private:
   struct Sums {
@@ -68,10 +73,13 @@ class PendingObservations {
                                           const Rows& rows,
                                           KroneckerFactors& factors);
   [[nodiscard]] bool joins(int64_t layer) const;
+  void start_all(KroneckerFactors& factors);
 
   mutable std::mutex mutex_;
   uint64_t seed_;
   int64_t factor_every_;
+  bool mean_loss_;
+  std::shared_ptr<const Processes> processes_;  // null: there is one
   std::vector<Sums> sums_;
   std::vector<bool> started_;   // has a basis
   std::vector<bool> observed_;  // was observed at least once

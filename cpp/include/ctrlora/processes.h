@@ -1,0 +1,36 @@
+// One model trained by several processes (DDP): what they add up, and at which point.
+//
+// DDP makes the gradients equal everywhere. What a layer observed is local: the processes add up
+// their sums where these enter the factors, once per step. Everything after is computed by each
+// process from equal numbers. The core calls a function and knows no c10d (cpp/README.md, 11).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "ctrlora/export.h"
+#include "ctrlora/kronecker_factors.h"
+
+namespace ctrlora {
+
+struct CTRLORA_API Processes {
+  /// Sums each tensor in place over all processes. Called at the same points of a step by every
+  /// one, with tensors of the same shapes; results must have the same bits everywhere.
+  std::function<void(const std::vector<at::Tensor>&)> all_reduce;
+  int64_t rank = 0;   ///< of this process, in [0, count)
+  int64_t count = 1;  ///< of processes, >= 1
+
+  /// @throws c10::ValueError naming what is wrong.
+  void validate() const;
+
+  /// The sums of all processes, by one call with two tensors. A layer keeps its gradient
+  /// proxy only if no process ever observed it.
+  /// @param mean_loss each process' loss is a mean, and DDP's loss the mean of those: a row's g is
+  /// 1/count of what its process saw.
+  [[nodiscard]] CurvatureSketch sum(const CurvatureSketch& own, bool mean_loss) const;
+};
+
+}  // namespace ctrlora

@@ -1,0 +1,37 @@
+#include "ctrlora/processes.h"
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/stack.h>
+
+#include "detail/check.h"
+
+namespace ctrlora {
+
+void Processes::validate() const {
+  CTRLORA_CHECK(count >= 1 && rank >= 0 && rank < count, "ctrlora::Processes", "rank = ", rank,
+                ", count = ", count, ". Violated constraint: 0 <= rank < count.");
+  CTRLORA_CHECK(all_reduce != nullptr, "ctrlora::Processes",
+                "expected a function all_reduce; got none. Remedy: one that calls the group's.");
+}
+
+CurvatureSketch Processes::sum(const CurvatureSketch& own, bool mean_loss) const {
+  const at::Tensor products =
+      at::cat({own.input.product.flatten(), own.output.product.flatten()}).contiguous();
+  const at::Tensor claims = own.from_gradient.logical_not().to(at::kDouble);
+  const at::Tensor numbers = at::stack({own.input.trace, own.input.weight, own.output.trace,
+                                        own.output.weight, own.base_square, own.sequences, claims});
+  all_reduce({products, numbers});
+
+  const double square = mean_loss ? 1.0 / static_cast<double>(count * count) : 1.0;
+  const int64_t split = own.input.product.numel();
+  CurvatureSketch out;
+  out.input = {products.slice(0, 0, split).view(own.input.product.sizes()), numbers[0], numbers[1]};
+  out.output = {products.slice(0, split).view(own.output.product.sizes()) * square,
+                numbers[2] * square, numbers[3]};
+  out.base_square = numbers[4];
+  out.sequences = numbers[5];
+  out.from_gradient = numbers[6] == 0;
+  return out;
+}
+
+}  // namespace ctrlora

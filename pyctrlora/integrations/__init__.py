@@ -1,0 +1,1 @@
+"""Connections to training libraries; each module imports its library, none is imported unasked."""
