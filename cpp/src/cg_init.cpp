@@ -182,10 +182,12 @@ std::vector<LayerInit> CgInit::finish() const {
   CTRLORA_CHECK(batch_ == options_.batches, kWhere, "expected ", options_.batches,
                 " calibration batches; got ", batch_, ". Remedy: end_batch() after each.");
   std::vector<std::vector<LayerInit>> by_group;
+  by_group.reserve(groups_.size());
   for (const auto& group : groups_) {
     by_group.push_back(group->finish());
   }
   std::vector<LayerInit> out;
+  out.reserve(places_.size());
   for (const auto& [group, layer] : places_) {
     out.push_back(by_group[group][layer]);
   }

@@ -251,7 +251,7 @@ void CalibrationGroup::finish_slice(int64_t begin, int64_t end, std::vector<Laye
 
 int64_t CalibrationGroup::bytes() const {
   const LoraPair& pair = pairs_.front();
-  const int64_t element = static_cast<int64_t>(factors_.input.basis().element_size());
+  const int64_t element = factors_.input.basis().element_size();
   const int64_t bases =
       (factors_.input.basis().numel() + factors_.output.basis().numel()) * element;
   const int64_t sketches = 2 * layers() *
