@@ -59,7 +59,7 @@ int64_t probe_index(int64_t rows, int64_t columns, int64_t rank, int64_t j) {
 template <typename Visit>
 void visit_probes(const at::Tensor& slab, int64_t rank, const Visit& visit) {
   const auto* data = static_cast<const char*>(slab.const_data_ptr());
-  const auto bytes = static_cast<int64_t>(slab.element_size());
+  const int64_t bytes = slab.element_size();
   for (int64_t l = 0; l < slab.size(0); ++l) {
     for (int64_t j = 0; j < rank; ++j) {
       const int64_t index = probe_index(slab.size(1), slab.size(2), rank, j);
