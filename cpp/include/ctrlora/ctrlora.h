@@ -11,6 +11,7 @@
 #include "ctrlora/observation.h"        // IWYU pragma: export
 #include "ctrlora/options.h"            // IWYU pragma: export
 #include "ctrlora/proposal.h"           // IWYU pragma: export
+#include "ctrlora/rank_scheduler.h"     // IWYU pragma: export
 #include "ctrlora/side_stream.h"        // IWYU pragma: export
 #include "ctrlora/tangent_step.h"       // IWYU pragma: export
 #include "ctrlora/trust_region.h"       // IWYU pragma: export
