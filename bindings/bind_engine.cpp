@@ -17,6 +17,7 @@ void bind_engine(py::module_& m) {
       .def("drop_observations", wrapped(&Engine::drop_observations))
       .def("steps", &Engine::steps)
       .def("retired", &Engine::retired)
+      .def("layout", &Engine::layout)
       .def("metrics", wrapped(&Engine::metrics))
       .def("named_tensors",
            [](const Engine& engine) {

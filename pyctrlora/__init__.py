@@ -18,6 +18,8 @@ from pyctrlora.attach import Attachment, attach
 from pyctrlora.layers import LoRALinear, add_lora
 from pyctrlora.optimizer import CTROptimizer
 from pyctrlora.options import EngineOptions
+from pyctrlora.ranks import compact, prepare_for_resume
+from pyctrlora.saving import save_adapter
 
 __all__ = [
     "Attachment",
@@ -26,4 +28,7 @@ __all__ = [
     "LoRALinear",
     "add_lora",
     "attach",
+    "compact",
+    "prepare_for_resume",
+    "save_adapter",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pyctrlora import _C
 from pyctrlora.options import make_options
 from pyctrlora.pairing import is_frozen
@@ -69,6 +71,25 @@ class Roster:
             self.engine.add_fallback(tensors, group)
             self.adamw.append((group, tensors))
 
+    def detach_state(self) -> dict[str, Any]:
+        """The engine's state and the order of its layers, before ranks change."""
+        return {"tensors": self.engine.named_tensors(), "layout": self.engine.layout()}
+
+    def attach_state(self, old: dict[str, Any], kept: dict[int, Tensor]) -> None:
+        """A new engine over pairs whose ranks have changed, with the state of the old one.
+
+        Args:
+            old: from `detach_state`.
+            kept: for each A (by id) that has shrunk, the directions that it kept.
+        """
+        self.engine = _C.Engine(make_options(self.fallback_lr, **self.config))
+        for group, pairs in self.pairs:
+            self.engine.add_pairs(pairs, group)
+        for group, tensors in self.adamw:
+            self.engine.add_fallback(tensors, group)
+        by_name = {pair.name: kept.get(id(pair.a)) for _, pair in self.all_pairs()}
+        self.engine.load(carry_over(old, self.engine, by_name))
+
     def __getstate__(self) -> dict[str, Any]:
         """Plain types and tensors; a pair says whether it is registered."""
         pairs = [
@@ -95,3 +116,43 @@ class Roster:
             self.adamw.append((group, tensors))
         self.frozen = state["frozen"]
         self.engine.load(state["tensors"])
+
+
+def carry_over(
+    old: dict[str, Any], engine: _C.Engine, kept: dict[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """The old engine's state in the order and with the ranks of a new one.
+
+    A layer's tensors differ in no dimension but the rank's, so those that differ are the rank's.
+    """
+    tensors: dict[str, Tensor] = old["tensors"]
+    place = {
+        name: (i, at) for i, names in enumerate(old["layout"]) for at, name in enumerate(names)
+    }
+    state = {key: value for key, value in tensors.items() if not key.startswith("group")}
+    layout = engine.layout()
+    for key, blank in engine.named_tensors().items():
+        if not key.startswith("group"):
+            continue
+        head, _, part = key.partition(".")
+        names = layout[int(head.removeprefix("group"))]
+        if part == "age":
+            state[key] = tensors[f"group{place[names[0]][0]}.{part}"]
+        elif part.startswith("probe_"):  # blank: the Grams are measured anew
+            state[key] = blank
+        elif part == "share_set":  # their numbers are places in the old group: each on its own
+            state[key] = torch.arange(len(names))
+        else:
+            rows = []
+            for at, name in enumerate(names):
+                i, row = place[name]
+                rows.append(_shrunk(tensors[f"group{i}.{part}"][row], blank[at], kept[name]))
+            state[key] = torch.stack(rows)
+    return state
+
+
+def _shrunk(value: Tensor, like: Tensor, kept: Tensor | None) -> Tensor:
+    for dim, (old, new) in enumerate(zip(value.shape, like.shape, strict=True)):
+        if kept is not None and old != new:
+            value = value.index_select(dim, kept)
+    return value

@@ -323,6 +323,17 @@ void Engine::load(const std::map<std::string, at::Tensor>& tensors) {
   }
 }
 
+std::vector<std::vector<std::string>> Engine::layout() const {
+  std::vector<std::vector<std::string>> out;
+  for (const auto& group : groups_) {
+    out.emplace_back();
+    for (const LoraPair& pair : group->pairs()) {
+      out.back().push_back(pair.name);
+    }
+  }
+  return out;
+}
+
 int64_t Engine::state_bytes() const {
   int64_t bytes = 0;
   for (const auto& item : named_tensors()) {

@@ -53,6 +53,9 @@ class CTRLORA_API Engine {
   /// Names of the pairs that were handed to AdamW after repeated failures.
   [[nodiscard]] const std::vector<std::string>& retired() const { return retired_; }
 
+  /// Names of the layers of each group, in the order of its tensors' leading dimension.
+  [[nodiscard]] std::vector<std::vector<std::string>> layout() const;
+
   /// Flat numbers about the last step. Reading synchronises with the device.
   [[nodiscard]] std::map<std::string, double> metrics() const;
 
