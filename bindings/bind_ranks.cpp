@@ -50,6 +50,14 @@ void bind_ranks(py::module_& m) {
       .def_readonly("in_features", &RankLayer::in_features)
       .def_readonly("allocated", &RankLayer::allocated)
       .def("cost", &RankLayer::cost);
+  py::class_<RankOptions>(m, "RankOptions", "A budget and how an engine keeps to it.")
+      .def(py::init<int64_t, RankSchedule, RankRules, int64_t, int64_t>(), py::arg("budget"),
+           py::arg("schedule"), py::arg("rules"), py::arg("window") = RankOptions().window,
+           py::arg("candidates") = RankOptions().candidates)
+      .def_readonly("budget", &RankOptions::budget)
+      .def_readonly("schedule", &RankOptions::schedule)
+      .def_readonly("rules", &RankOptions::rules)
+      .def("validate", wrapped(&RankOptions::validate));
   py::class_<RankUtilities>(m, "RankUtilities", "Utilities of one layer, in units of the loss.")
       .def(py::init<std::vector<double>, std::vector<double>>(), py::arg("existing"),
            py::arg("fresh"))

@@ -9,6 +9,7 @@ import torch
 from pyctrlora import _C
 from pyctrlora.options import make_options
 from pyctrlora.pairing import is_frozen
+from pyctrlora.rank_options import as_plain, from_plain, rebudget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,8 @@ class Roster:
         config: the options as the user gave them.
         pairs: the engine's pairs, call by call.
         adamw: the other parameters it trains, call by call.
+        rank_options: the budget that its first pairs share, if any.
+        rank_calls: how many calls of `pairs` those are.
         frozen: parameters it has not got yet: frozen ones would only cost memory.
     """
 
@@ -35,6 +38,8 @@ class Roster:
         self.pairs: list[tuple[int, list[_C.LoraPair]]] = []
         self.adamw: list[tuple[int, list[Tensor]]] = []
         self.frozen: list[tuple[int, Tensor]] = []
+        self.rank_options: _C.RankOptions | None = None
+        self.rank_calls = 0
 
     def all_pairs(self) -> list[tuple[int, _C.LoraPair]]:
         """Every pair with the index of its parameter group."""
@@ -53,6 +58,21 @@ class Roster:
             renamed.append(_C.LoraPair(pair.a, pair.b, pair.scaling, name))
         self.engine.add_pairs(renamed, group)
         self.pairs.append((group, renamed))
+
+    def schedule_ranks(self, options: _C.RankOptions) -> None:
+        """Puts the pairs that are here now under a budget."""
+        self.engine.schedule_ranks(options)
+        self.rank_options, self.rank_calls = options, len(self.pairs)
+
+    def _rebuild(self) -> None:
+        """A new engine over the members, without its state."""
+        self.engine = _C.Engine(make_options(self.fallback_lr, **self.config))
+        for call, (group, pairs) in enumerate(self.pairs, start=1):
+            self.engine.add_pairs(pairs, group)
+            if call == self.rank_calls and self.rank_options is not None:
+                self.engine.schedule_ranks(self.rank_options)
+        for group, tensors in self.adamw:
+            self.engine.add_fallback(tensors, group)
 
     def add_others(self, tensors: list[Tensor], group: int) -> None:
         """Parameters for AdamW; frozen ones wait."""
@@ -82,11 +102,11 @@ class Roster:
             old: from `detach_state`.
             kept: for each A (by id) that has shrunk, the directions that it kept.
         """
-        self.engine = _C.Engine(make_options(self.fallback_lr, **self.config))
-        for group, pairs in self.pairs:
-            self.engine.add_pairs(pairs, group)
-        for group, tensors in self.adamw:
-            self.engine.add_fallback(tensors, group)
+        if self.rank_options is not None:  # fewer parameters are allocated now
+            self.rank_options = rebudget(
+                self.rank_options, [p for _, pairs in self.pairs[: self.rank_calls] for p in pairs]
+            )
+        self._rebuild()
         by_name = {pair.name: kept.get(id(pair.a)) for _, pair in self.all_pairs()}
         self.engine.load(carry_over(old, self.engine, by_name))
 
@@ -98,7 +118,8 @@ class Roster:
         ]
         own = {"config": self.config, "fallback_lr": self.fallback_lr}
         members = {"pairs": pairs, "adamw": self.adamw, "frozen": self.frozen}
-        return {**own, **members, "tensors": self.engine.named_tensors()}
+        ranks = {"ranks": as_plain(self.rank_options), "rank_calls": self.rank_calls}
+        return {**own, **members, **ranks, "tensors": self.engine.named_tensors()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A new engine over the members in `state`, which may be copies."""
@@ -109,11 +130,10 @@ class Roster:
                 pairs.append(_C.LoraPair(a, b, scaling, name))
                 if registered:
                     _C.register_pair(pairs[-1])
-            self.engine.add_pairs(pairs, group)
             self.pairs.append((group, pairs))
-        for group, tensors in state["adamw"]:
-            self.engine.add_fallback(tensors, group)
-            self.adamw.append((group, tensors))
+        self.adamw = state["adamw"]
+        self.rank_options, self.rank_calls = from_plain(state["ranks"]), state["rank_calls"]
+        self._rebuild()
         self.frozen = state["frozen"]
         self.engine.load(state["tensors"])
 

@@ -13,6 +13,7 @@
 #include "ctrlora/version.h"
 #include "detail/check.h"
 #include "detail/fallback.h"
+#include "detail/rank_control.h"
 #include "detail/rank_space.h"
 #include "detail/tensor_math.h"
 
@@ -103,6 +104,9 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
     }
     ++steps_;
     sampler_->set_step(steps_);
+    if (rank_control_ != nullptr) {
+      rank_control_->after_step(groups_, steps_);
+    }
     if (steps_ % options_.balance_every == 0) {
       retire_failed_layers();
     }
@@ -250,6 +254,10 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
       out.emplace_back(prefix + name, tensor);
     }
   }
+  if (rank_control_ != nullptr) {
+    const auto tensors = rank_control_->named_tensors();
+    out.insert(out.end(), tensors.begin(), tensors.end());
+  }
   for (size_t i = 0; i < fallbacks_.size(); ++i) {
     const std::string& retired = fallbacks_[i]->retired;
     const std::string prefix =
@@ -321,17 +329,6 @@ void Engine::load(const std::map<std::string, at::Tensor>& tensors) {
   for (size_t i = 0; i < groups_.size(); ++i) {
     groups_[i]->after_load(tensors.at("group" + std::to_string(i) + ".age").item<int64_t>());
   }
-}
-
-std::vector<std::vector<std::string>> Engine::layout() const {
-  std::vector<std::vector<std::string>> out;
-  for (const auto& group : groups_) {
-    out.emplace_back();
-    for (const LoraPair& pair : group->pairs()) {
-      out.back().push_back(pair.name);
-    }
-  }
-  return out;
 }
 
 int64_t Engine::state_bytes() const {

@@ -13,7 +13,7 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "ctrlora/gauge.h"
+#include "detail/group_ranks.h"
 #include "detail/parameter_slabs.h"
 #include "detail/pending_observations.h"
 #include "detail/tall_skinny.h"
@@ -106,12 +106,15 @@ void LayerGroup::bind() {
 void LayerGroup::move_state(const at::TensorOptions& options) {
   momentum_a_ = momentum_a_.to(options);
   momentum_b_ = momentum_b_.to(options);
-  for (at::Tensor* tensor : {&momentum_weight_, &rms_square_, &rms_weight_, &scaling_, &active_,
-                             &grad_ok_, &misses_, &skipped_, &input_.ww, &input_.uw, &output_.ww,
-                             &output_.uw}) {
+  for (at::Tensor* tensor :
+       {&momentum_weight_, &rms_square_, &rms_weight_, &scaling_, &active_, &grad_ok_, &misses_,
+        &skipped_, &input_.ww, &input_.uw, &output_.ww, &output_.uw}) {
     *tensor = tensor->to(options.device());
   }
   factors_.to(options);
+  if (ranks_ != nullptr) {
+    ranks_->to(options);
+  }
   refresh_metrics();
   observations_->clear();
 }
@@ -241,6 +244,9 @@ Measurement LayerGroup::measure(const GroupSettings& settings) const {
   out.momentum_factor = (options_.maximize ? -1.0 : 1.0) / momentum_weight_.clamp_min(1e-300);
   out.radius = settings.lr * factors_.base_square.clamp_min(0).sqrt();
   out.direction_rms = (rms_square_ / rms_weight_.clamp_min(1e-300)).sqrt();
+  if (ranks_ != nullptr && ranks_->phase() != detail::SketchPhase::kNone) {
+    ranks_->score(out.input.wm * as_column(out.momentum_factor), grad_ok_);
+  }
   return out;
 }
 
@@ -281,14 +287,6 @@ void LayerGroup::finish() {
   }
   parameters_->remember();
   want();
-}
-
-void LayerGroup::balance_gauge() {
-  GaugeMap gauge = balance(weighted_gram(output_metric_.whiten, output_.uw, output_.ww),
-                           weighted_gram(input_metric_.whiten, input_.uw, input_.ww));
-  gauge.ok = gauge.ok.logical_and(active_).logical_and(momentum_weight_ > 0);
-  apply_gauge(gauge, parameters_->a(), parameters_->b(), momentum_a_, momentum_b_);
-  refresh_grams({0, layers()});
 }
 
 void LayerGroup::want() {
@@ -338,6 +336,9 @@ int64_t LayerGroup::micro_batch(int64_t layer) const {
 }
 
 void LayerGroup::observe(int64_t layer, const Observation& observation) {
+  if (ranks_ != nullptr) {
+    ranks_->add(layer, observation, micro_batch(layer) == 0, options_.loss_scale);
+  }
   observations_->add(layer, observation, factors_);
 }
 
@@ -367,6 +368,11 @@ std::vector<std::pair<std::string, at::Tensor>> LayerGroup::named_tensors() cons
                                                          {"share_set", observations_->share_set()}};
   for (const auto& item : factors_.named_tensors()) {
     out.push_back(item);
+  }
+  if (ranks_ != nullptr) {
+    for (const auto& item : ranks_->named_tensors()) {
+      out.push_back(item);
+    }
   }
   return out;
 }

@@ -33,6 +33,14 @@ void RankRules::validate() const {
                 ". Violated constraint: 0 < max_move <= 1.");
 }
 
+void RankOptions::validate() const {
+  rules.validate();
+  schedule.validate();
+  CTRLORA_CHECK(window >= 2, kWhere, "window = ", window, ". Violated constraint: window >= 2.");
+  CTRLORA_CHECK(candidates >= 1, kWhere, "candidates = ", candidates,
+                ". Violated constraint: candidates >= 1.");
+}
+
 // ---- When ----
 
 void RankSchedule::validate() const {

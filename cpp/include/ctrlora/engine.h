@@ -14,13 +14,15 @@
 #include "ctrlora/layer_group.h"
 #include "ctrlora/lora_pair.h"
 #include "ctrlora/options.h"
+#include "ctrlora/rank_scheduler.h"
 #include "ctrlora/side_stream.h"
 
 namespace ctrlora {
 
 namespace detail {
 class AdamW;
-}
+class RankControl;
+}  // namespace detail
 
 class CTRLORA_API Engine {
  public:
@@ -36,6 +38,21 @@ class CTRLORA_API Engine {
 
   /// Other parameters of group `group`: trained by AdamW (Loshchilov & Hutter 2019).
   void add_fallback(const std::vector<at::Tensor>& params, int64_t group);
+
+  /// Keeps the pairs that are here now to a budget of parameters: ranks come down to it after the
+  /// first step and move between layers on schedule. Pairs added later are left alone. To be called
+  /// before the first step or before load().
+  /// @throws c10::ValueError as check_budget and RankOptions::validate, or a second time.
+  void schedule_ranks(const RankOptions& ranks);
+  /// The ranks to start with, by utilities of every layer's directions (by name, in any order), as
+  /// an initialisation finds them. Only after schedule_ranks and before the first step.
+  void allocate_ranks(const std::map<std::string, std::vector<double>>& utilities);
+  /// Active directions of each pair by name. Synchronises.
+  [[nodiscard]] std::map<std::string, int64_t> ranks() const;
+  /// What rank events have changed so far.
+  [[nodiscard]] std::vector<RankEvent> rank_events() const;
+  /// The step of each event so far, and the ranks after it in the order of layout().
+  [[nodiscard]] std::vector<std::pair<int64_t, std::vector<int64_t>>> rank_history() const;
 
   /// One step from the gradients in .grad. Groups with lr 0 and all their state stay untouched.
   /// @param settings one per parameter group, by index.
@@ -84,6 +101,7 @@ class CTRLORA_API Engine {
   std::vector<std::unique_ptr<detail::AdamW>> fallbacks_;
   std::vector<std::string> retired_;
   std::unique_ptr<StepReport> report_;
+  std::unique_ptr<detail::RankControl> rank_control_;
   int64_t steps_ = 0;
 };
 

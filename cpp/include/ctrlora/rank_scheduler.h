@@ -61,6 +61,21 @@ struct CTRLORA_API RankSchedule {
   [[nodiscard]] int64_t budget_at(int64_t steps, int64_t budget, int64_t allocated) const;
 };
 
+/// A budget and how an engine keeps to it.
+struct CTRLORA_API RankOptions {
+  int64_t budget = 0;  ///< parameters, see check_budget
+  RankSchedule schedule;
+  RankRules rules;
+  /// Steps before an event over which utilities are averaged, >= 2. 40: each layer is observed on a
+  /// third of them.
+  int64_t window = 40;
+  /// New directions that an event can choose from in each layer, >= 1: columns of the sketch.
+  int64_t candidates = 6;
+
+  /// @throws c10::ValueError naming what is out of range.
+  void validate() const;
+};
+
 /// Utilities of one layer, in units of the loss. A NaN counts as 0 for a new direction and as
 /// irreplaceable for an existing one.
 struct CTRLORA_API RankUtilities {

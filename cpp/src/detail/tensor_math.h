@@ -47,9 +47,12 @@ at::Tensor cat(const std::vector<T>& parts, at::Tensor T::* field) {
 /// Sum of x * y over all but the layer dimension.
 at::Tensor inner(const at::Tensor& x, const at::Tensor& y);
 
-/// Whether every entry of a bool tensor holds, as far as that can be told without synchronising: on a
-/// CPU the entries are in our memory, elsewhere the answer is no.
+/// Whether every entry of a bool tensor holds, as far as that can be told without synchronising: on
+/// a CPU the entries are in our memory, elsewhere the answer is no.
 bool known_to_be_true(const at::Tensor& mask);
+
+/// (L, r) float64: 1 where a direction has neither a B column nor an A row, going by its Grams.
+at::Tensor zero_directions(const at::Tensor& gram_b, const at::Tensor& gram_a);
 
 struct Cholesky {
   at::Tensor factor;  // (L, r, r) lower
