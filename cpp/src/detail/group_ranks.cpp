@@ -38,6 +38,21 @@ at::Tensor product(const at::Tensor& tall, const at::Tensor& small) {  // (L,d,p
 
 constexpr double kFloor = 1e-10;
 
+// 1 / singular value from the eigenvalues of a Gram, largest first; 0 for what is but rounding.
+at::Tensor inverse_size(const Eigh& eigh, at::ScalarType dtype) {
+  const double rounding = dtype == at::kDouble ? 1e-12 : 1e-6;
+  const at::Tensor square = eigh.values.flip(-1);
+  const at::Tensor counts = square > rounding * square.select(-1, 0).unsqueeze(-1);
+  return at::where(counts, square.clamp_min(1e-300).rsqrt(), at::zeros({}, square.options()));
+}
+
+// Left singular vectors of (L, d, q) columns, largest first; zero where there is but rounding.
+at::Tensor singular_vectors(const at::Tensor& columns) {
+  const Eigh eigh = symmetric_eigh(tall_gram(columns, columns));
+  return product(columns,
+                 eigh.vectors.flip(-1) * inverse_size(eigh, columns.scalar_type()).unsqueeze(-2));
+}
+
 }  // namespace
 
 GroupRanks::GroupRanks(const GroupView& view, const Options& options, int64_t sketch_columns)
@@ -99,9 +114,10 @@ void GroupRanks::begin_split(const GroupView& view) {
   const at::Tensor b = view.b.to(sum_b_.scalar_type());
   const at::Tensor inside = small_bmm(active_inverse(view.gram_b, kFloor), tall_gram(b, sum_b_));
   const at::Tensor residual = whiten(s, sum_b_, -1.0) - whiten(s, product(b, inside), 1.0);
-  const Orthonormal range = orthonormalize(at::nan_to_num(residual, 0.0, 0.0, 0.0));
-  const at::Tensor basis = select_layers(range.ok, range.basis, at::zeros_like(range.basis));
-  probe_b_.copy_(whiten(s, at::nan_to_num(basis, 0.0, 0.0, 0.0), -1.0));
+  // Twice: the second pass orthonormalises what rounding left of the first.
+  const at::Tensor range =
+      singular_vectors(singular_vectors(at::nan_to_num(residual, 0.0, 0.0, 0.0)));
+  probe_b_.copy_(whiten(s, range, -1.0));
   steps_.zero_();
 }
 
@@ -173,17 +189,16 @@ GroupScores GroupRanks::scores(const GroupView& view) const {
   // Directions of one half, judged by the other: sigma_i = u_i^T Z_other v_i.
   const auto judged = [&](const at::Tensor& half) {
     const Eigh eigh = symmetric_eigh(tall_gram(half, half));
-    const at::Tensor size = eigh.values.clamp_min(1e-300).sqrt();
-    const at::Tensor inner = (eigh.vectors * small_bmm(cross, eigh.vectors)).sum(-2) / size;
-    return at::nan_to_num(inner, 0.0, 0.0, 0.0).clamp_min(0).flip(-1);
+    const at::Tensor u = eigh.vectors.flip(-1);
+    const at::Tensor inner =
+        (u * small_bmm(cross, u)).sum(-2) * inverse_size(eigh, half.scalar_type());
+    return at::nan_to_num(inner, 0.0, 0.0, 0.0).clamp_min(0);
   };
   const at::Tensor sigma = (judged(first) + judged(second)) / 2;
   const at::Tensor utility = 0.5 * sigma.square() * (phase() == SketchPhase::kSplit ? 1.0 : 0.0);
 
   const at::Tensor both = first + second;
-  const Eigh eigh = symmetric_eigh(tall_gram(both, both));
-  const at::Tensor size = eigh.values.clamp_min(1e-300).sqrt().flip(-1).unsqueeze(-2);
-  const at::Tensor v = product(both, eigh.vectors.flip(-1) / size);
+  const at::Tensor v = singular_vectors(both);
   out.rows = at::nan_to_num(whiten(omega, v, -1.0), 0.0, 0.0, 0.0).mT().contiguous();
   // A direction that came out as nothing cannot be grown.
   const at::Tensor usable = (out.rows != 0).any(-1);
