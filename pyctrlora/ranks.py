@@ -71,20 +71,7 @@ def compact(model: nn.Module, opt: CTROptimizer | None = None) -> dict[str, int]
     retired: set[int] = set()
     if opt is not None:
         retired = _check_trained(layers, opt)
-    shrinking: list[tuple[AdapterLayer, Tensor]] = []
-    for layer in layers:
-        if layer.reason or id(layer.a) in retired:
-            continue
-        active = layer.active()
-        active[0] |= ~active.any()
-        if not bool(active.all()):
-            shrinking.append((layer, active.nonzero().squeeze(1)))
-    kept = {id(layer.a): index for layer, index in shrinking}
-    moving = opt._roster.detach_state() if opt is not None and shrinking else None
-    for layer, index in shrinking:
-        layer.resize(layer.a[index], layer.b[:, index])
-    if opt is not None and moving is not None:
-        opt._roster.attach_state(moving, kept)
+    _shrink(layers, opt, retired)
     _rewrite_configs(model, layers)
     return {layer.name: layer.rank for layer in layers if not layer.reason}
 
@@ -146,6 +133,23 @@ def prepare_for_resume(
             layer.resize(a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank), scaling)
     _rewrite_configs(model, adapter_layers(model, adapter_name))
     return {layer.path: layer.rank for layer in layers}
+
+
+def _shrink(layers: list[AdapterLayer], opt: CTROptimizer | None, retired: set[int]) -> None:
+    shrinking: list[tuple[AdapterLayer, Tensor]] = []
+    for layer in layers:
+        if layer.reason or id(layer.a) in retired:
+            continue
+        active = layer.active()
+        active[0] |= ~active.any()
+        if not bool(active.all()):
+            shrinking.append((layer, active.nonzero().squeeze(1)))
+    kept = {id(layer.a): index for layer, index in shrinking}
+    moving = opt._roster.detach_state() if opt is not None and shrinking else None
+    for layer, index in shrinking:
+        layer.resize(layer.a[index], layer.b[:, index])
+    if opt is not None and moving is not None:
+        opt._roster.attach_state(moving, kept)
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -47,6 +47,7 @@ def save_adapter(
         TypeError: PEFT layers outside a `PeftModel`.
 
     Example:
+        >>> import os, tempfile
         >>> from pyctrlora import add_lora
         >>> model = add_lora(nn.Sequential(nn.Linear(8, 8)), rank=2)
         >>> with tempfile.TemporaryDirectory() as folder:
