@@ -14,6 +14,7 @@ from pyctrlora._torch_version import load_extension
 
 load_extension()
 
+from pyctrlora import plot
 from pyctrlora.attach import Attachment, attach
 from pyctrlora.layers import LoRALinear, add_lora
 from pyctrlora.optimizer import CTROptimizer
@@ -29,6 +30,7 @@ __all__ = [
     "add_lora",
     "attach",
     "compact",
+    "plot",
     "prepare_for_resume",
     "save_adapter",
 ]

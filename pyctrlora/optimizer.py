@@ -22,7 +22,7 @@ from pyctrlora.param_groups import (
     warn_unused_lr,
 )
 from pyctrlora.rank_options import make_rank_options
-from pyctrlora.report import report
+from pyctrlora.report import record, report
 from pyctrlora.roster import Roster
 
 if TYPE_CHECKING:
@@ -246,16 +246,19 @@ class CTROptimizer(torch.optim.Optimizer):
         return {pair.name: active.get(pair.name, pair.a.shape[0]) for _, pair in pairs}
 
     def allocate_ranks(self, utilities: dict[str, list[float]]) -> None:
-        """The ranks to start with under a budget, instead of uniform ones; before the first step.
+        """Chooses the ranks to start with under a budget; before the first step.
 
         Args:
-            utilities: of each layer's directions by its name, e.g. halved squares of the singular
-                values that an initialisation has found.
+            utilities: of each layer's directions by its name, e.g. halved squared singular values.
 
         Raises:
             ValueError: no budget, training has begun, or layers are missing.
         """
         self._roster.engine.allocate_ranks(utilities)
+
+    def record(self, loss: float | Tensor | None = None) -> None:
+        """Keeps the last step's numbers for `report()["training"]`, with its loss; synchronises."""
+        record(self._roster, self.metrics(), float(self.param_groups[0]["lr"]), loss)
 
     def report(self) -> dict[str, Any]:
         """What has happened so far, as plain types; reading synchronises. See `report.report`."""

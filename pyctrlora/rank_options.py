@@ -14,8 +14,8 @@ _WHERE = "[pyctrlora.CTROptimizer]"
 
 def make_rank_options(
     pairs: Sequence[_C.LoraPair],
-    rank_budget: float,
-    total_steps: int | None,
+    rank_budget: Any,
+    total_steps: Any,
     min_rank: int = 1,
     rank_start: str = "budget",
 ) -> _C.RankOptions:

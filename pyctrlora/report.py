@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from pyctrlora.roster import Roster
 
@@ -20,7 +22,8 @@ def report(roster: Roster, metrics: dict[str, float], ranks: dict[str, int]) -> 
         "metrics"; "ranks" and "allocated": by layer; "parameters": those of the active directions;
         "budget": None without one; "events": one dict a layer and event (step, layer, from, to,
         utility); "history": {"steps": [...], "ranks": {layer: [...]}, "parameters": [...]} after
-        the start and after each event.
+        the start and after each event; "training": {"steps": [...], name: [...]} of the steps that
+        `CTROptimizer.record` kept (None where a number is missing).
     """
     engine = roster.engine
     pairs = [pair for _, pair in roster.all_pairs()]
@@ -38,8 +41,12 @@ def report(roster: Roster, metrics: dict[str, float], ranks: dict[str, int]) -> 
         }
         for event in engine.rank_events()
     ]
+    records = roster.records
+    recorded = sorted({key for row in records for key in row} - {"steps", "state_bytes"})
+    training = {key: [row.get(key) for row in records] for key in ("steps", *recorded)}
     return {
         "metrics": metrics,
+        "training": training,
         "ranks": ranks,
         "allocated": {pair.name: pair.a.shape[0] for pair in pairs},
         "parameters": sum(cost[name] * rank for name, rank in ranks.items()),
@@ -51,3 +58,13 @@ def report(roster: Roster, metrics: dict[str, float], ranks: dict[str, int]) -> 
             "parameters": [sum(cost[n] * r for n, r in row.items()) for row in history],
         },
     }
+
+
+def record(
+    roster: Roster, metrics: dict[str, float], lr: float, loss: float | Tensor | None
+) -> None:
+    """Keeps one step's numbers for `report`."""
+    row = {**metrics, "lr": lr}
+    if loss is not None:
+        row["loss"] = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+    roster.records.append(row)

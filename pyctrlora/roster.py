@@ -27,6 +27,7 @@ class Roster:
         adamw: the other parameters it trains, call by call.
         rank_options: the budget that its first pairs share, if any.
         rank_calls: how many calls of `pairs` those are.
+        records: metrics of steps that the user asked to keep.
         frozen: parameters it has not got yet: frozen ones would only cost memory.
     """
 
@@ -40,6 +41,7 @@ class Roster:
         self.frozen: list[tuple[int, Tensor]] = []
         self.rank_options: _C.RankOptions | None = None
         self.rank_calls = 0
+        self.records: list[dict[str, float]] = []
 
     def all_pairs(self) -> list[tuple[int, _C.LoraPair]]:
         """Every pair with the index of its parameter group."""
