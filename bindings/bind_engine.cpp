@@ -25,6 +25,12 @@ void bind_engine(py::module_& m) {
       .def("drop_observations", wrapped(&Engine::drop_observations))
       .def("steps", &Engine::steps)
       .def("retired", &Engine::retired)
+      .def("schedule_ranks", wrapped(&Engine::schedule_ranks), py::arg("ranks"))
+      .def("allocate_ranks", wrapped(&Engine::allocate_ranks), py::arg("utilities"))
+      .def("ranks", wrapped(&Engine::ranks))
+      .def("rank_events", wrapped(&Engine::rank_events))
+      .def("rank_history", wrapped(&Engine::rank_history))
+      .def("layout", &Engine::layout)
       .def("metrics", wrapped(&Engine::metrics))
       .def("named_tensors",
            [](const Engine& engine) {

@@ -10,6 +10,7 @@ namespace ctrlora {
 void bind_options(pybind11::module_& m);
 void bind_pairs(pybind11::module_& m);
 void bind_numerics(pybind11::module_& m);
+void bind_ranks(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_init(pybind11::module_& m);
 

@@ -10,6 +10,7 @@ PYBIND11_MODULE(_C, m) {
   ctrlora::bind_options(m);
   ctrlora::bind_pairs(m);
   ctrlora::bind_numerics(m);
+  ctrlora::bind_ranks(m);
   ctrlora::bind_engine(m);
   ctrlora::bind_init(m);
 }

@@ -17,22 +17,36 @@ __all__: list[str] = [
     "GaugeMap",
     "GroupSettings",
     "LayerInit",
+    "LayerPlan",
     "LoraPair",
     "LowRankEigen",
     "ObservationSlot",
     "Options",
+    "RankEvent",
+    "RankLayer",
+    "RankOptions",
+    "RankRules",
+    "RankSchedule",
+    "RankUtilities",
     "STATE_VERSION",
     "TrustRegionSolution",
     "TrustRegionSubproblem",
     "VERSION",
+    "allocate_ranks",
+    "allocated_parameters",
     "balance",
+    "budget_from_fraction",
+    "check_budget",
     "find_pair",
     "find_slot",
     "lora_delta",
     "lora_linear",
+    "plan_ranks",
+    "rank_events",
     "register_pair",
     "shift_base",
     "unregister_pair",
+    "used_parameters",
 ]
 
 class Options:
@@ -325,6 +339,143 @@ class GaugeMap:
         (L, r)
         """
 
+class RankRules:
+    """
+    What a plan of ranks must keep to.
+    """
+    def __init__(
+        self,
+        min_rank: typing.SupportsInt | typing.SupportsIndex = 1,
+        hysteresis: typing.SupportsFloat | typing.SupportsIndex = 1.25,
+        max_move: typing.SupportsFloat | typing.SupportsIndex = 0.1,
+    ) -> None: ...
+    def validate(self) -> None: ...
+    @property
+    def hysteresis(self) -> float: ...
+    @property
+    def max_move(self) -> float: ...
+    @property
+    def min_rank(self) -> int: ...
+
+class RankSchedule:
+    """
+    When ranks change, in fractions of the training.
+    """
+    def __init__(
+        self,
+        total_steps: typing.SupportsInt | typing.SupportsIndex,
+        first: typing.SupportsFloat | typing.SupportsIndex = 0.05,
+        every: typing.SupportsFloat | typing.SupportsIndex = 0.02,
+        last: typing.SupportsFloat | typing.SupportsIndex = 0.7,
+        min_steps: typing.SupportsInt | typing.SupportsIndex = 50,
+        descend: bool = False,
+    ) -> None: ...
+    def budget_at(
+        self,
+        steps: typing.SupportsInt | typing.SupportsIndex,
+        budget: typing.SupportsInt | typing.SupportsIndex,
+        allocated: typing.SupportsInt | typing.SupportsIndex,
+    ) -> int: ...
+    def due(self, steps: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def first_event(self) -> int: ...
+    def interval(self) -> int: ...
+    def last_event(self) -> int: ...
+    def scoring(
+        self,
+        steps: typing.SupportsInt | typing.SupportsIndex,
+        window: typing.SupportsInt | typing.SupportsIndex,
+    ) -> bool: ...
+    def validate(self) -> None: ...
+    @property
+    def descend(self) -> bool: ...
+    @property
+    def total_steps(self) -> int: ...
+
+class RankLayer:
+    """
+    What the rank scheduler knows of one layer.
+    """
+    def __init__(
+        self,
+        name: str,
+        out_features: typing.SupportsInt | typing.SupportsIndex,
+        in_features: typing.SupportsInt | typing.SupportsIndex,
+        allocated: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def cost(self) -> int: ...
+    @property
+    def allocated(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def out_features(self) -> int: ...
+
+class RankOptions:
+    """
+    A budget and how an engine keeps to it.
+    """
+    def __init__(
+        self,
+        budget: typing.SupportsInt | typing.SupportsIndex,
+        schedule: RankSchedule,
+        rules: RankRules,
+        window: typing.SupportsInt | typing.SupportsIndex = 40,
+        candidates: typing.SupportsInt | typing.SupportsIndex = 6,
+    ) -> None: ...
+    def validate(self) -> None: ...
+    @property
+    def budget(self) -> int: ...
+    @property
+    def rules(self) -> RankRules: ...
+    @property
+    def schedule(self) -> RankSchedule: ...
+
+class RankUtilities:
+    """
+    Utilities of one layer, in units of the loss.
+    """
+    def __init__(
+        self,
+        existing: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+        fresh: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+    ) -> None: ...
+    @property
+    def existing(self) -> list[float]: ...
+    @property
+    def fresh(self) -> list[float]: ...
+
+class LayerPlan:
+    """
+    What an event does to one layer.
+    """
+    @property
+    def dropped(self) -> list[int]: ...
+    @property
+    def from_rank(self) -> int: ...
+    @property
+    def grown(self) -> list[int]: ...
+    @property
+    def to_rank(self) -> int: ...
+    @property
+    def utility(self) -> float: ...
+
+class RankEvent:
+    """
+    A layer whose directions change.
+    """
+    @property
+    def from_rank(self) -> int: ...
+    @property
+    def layer(self) -> str: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def to_rank(self) -> int: ...
+    @property
+    def utility(self) -> float: ...
+
 class Engine:
     """
     All layers, one step.
@@ -340,11 +491,22 @@ class Engine:
         pairs: collections.abc.Sequence[LoraPair],
         group: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
+    def allocate_ranks(
+        self,
+        utilities: collections.abc.Mapping[
+            str, collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex]
+        ],
+    ) -> None: ...
     def drop_observations(self) -> None: ...
+    def layout(self) -> list[list[str]]: ...
     def load(self, tensors: collections.abc.Mapping[str, torch.Tensor]) -> None: ...
     def metrics(self) -> dict[str, float]: ...
     def named_tensors(self) -> dict[str, torch.Tensor]: ...
+    def rank_events(self) -> list[RankEvent]: ...
+    def rank_history(self) -> list[tuple[int, list[int]]]: ...
+    def ranks(self) -> dict[str, int]: ...
     def retired(self) -> list[str]: ...
+    def schedule_ranks(self, ranks: RankOptions) -> None: ...
     def set_loss_scale(self, loss_scale: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
     def set_processes(
         self,
@@ -449,7 +611,26 @@ class CgInit:
     def named_tensors(self) -> dict[str, torch.Tensor]: ...
     def release(self) -> None: ...
 
+def allocate_ranks(
+    layers: collections.abc.Sequence[RankLayer],
+    utilities: collections.abc.Sequence[
+        collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex]
+    ],
+    budget: typing.SupportsInt | typing.SupportsIndex,
+    rules: RankRules,
+) -> list[int]: ...
+def allocated_parameters(layers: collections.abc.Sequence[RankLayer]) -> int: ...
 def balance(gram_b: torch.Tensor, gram_a: torch.Tensor) -> GaugeMap: ...
+def budget_from_fraction(
+    layers: collections.abc.Sequence[RankLayer],
+    fraction: typing.SupportsFloat | typing.SupportsIndex,
+    rules: RankRules,
+) -> int: ...
+def check_budget(
+    layers: collections.abc.Sequence[RankLayer],
+    budget: typing.SupportsInt | typing.SupportsIndex,
+    rules: RankRules,
+) -> None: ...
 def find_pair(tensor: torch.Tensor) -> LoraPair | None: ...
 def find_slot(tensor: torch.Tensor) -> ObservationSlot: ...
 def lora_delta(
@@ -470,6 +651,17 @@ def lora_linear(
     slot: ObservationSlot,
     transposed: bool,
 ) -> torch.Tensor: ...
+def plan_ranks(
+    layers: collections.abc.Sequence[RankLayer],
+    utilities: collections.abc.Sequence[RankUtilities],
+    budget: typing.SupportsInt | typing.SupportsIndex,
+    rules: RankRules,
+) -> list[LayerPlan]: ...
+def rank_events(
+    layers: collections.abc.Sequence[RankLayer],
+    plan: collections.abc.Sequence[LayerPlan],
+    step: typing.SupportsInt | typing.SupportsIndex,
+) -> list[RankEvent]: ...
 def register_pair(pair: LoraPair) -> ObservationSlot: ...
 def shift_base(
     weight: torch.Tensor,
@@ -479,6 +671,10 @@ def shift_base(
     transposed: bool,
 ) -> None: ...
 def unregister_pair(tensor: torch.Tensor) -> None: ...
+def used_parameters(
+    layers: collections.abc.Sequence[RankLayer],
+    ranks: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+) -> int: ...
 
 BUILT_WITH_TORCH: str = "2.13.0"
 STATE_VERSION: int = 1

@@ -14,12 +14,15 @@ from pyctrlora._torch_version import cmake_folder, load_extension
 
 load_extension()
 
+from pyctrlora import plot
 from pyctrlora.attach import Attachment, attach
 from pyctrlora.init import cg_init
 from pyctrlora.init_report import InitReport
 from pyctrlora.layers import LoRALinear, add_lora
 from pyctrlora.optimizer import CTROptimizer
 from pyctrlora.options import EngineOptions
+from pyctrlora.ranks import compact, prepare_for_resume
+from pyctrlora.saving import save_adapter
 
 #: Lets CMake's find_package(ctrlora) find the library, the headers and torch:
 #: `cmake -DCMAKE_PREFIX_PATH=$(python -c "import pyctrlora as p; print(p.cmake_prefix_path)") ...`
@@ -35,4 +38,8 @@ __all__ = [
     "attach",
     "cg_init",
     "cmake_prefix_path",
+    "compact",
+    "plot",
+    "prepare_for_resume",
+    "save_adapter",
 ]

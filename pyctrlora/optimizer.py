@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch._compile import _disable_dynamo
@@ -21,6 +21,8 @@ from pyctrlora.param_groups import (
     settings_of,
     warn_unused_lr,
 )
+from pyctrlora.rank_options import make_rank_options
+from pyctrlora.report import record, report
 from pyctrlora.roster import Roster
 
 if TYPE_CHECKING:
@@ -57,11 +59,20 @@ class CTROptimizer(torch.optim.Optimizer):
         process_group: the processes that train this model together under DDP, which add up what
             they observe. "auto": torch.distributed's default group if it is initialised; a
             `ProcessGroup`; None: this process trains a model of its own.
+        rank_budget: what the active directions of all pairs may cost, out_features + in_features
+            each: a float is a share of the allocated parameters in (0, 1], an int a number of
+            parameters; None (default): every direction stays active. Ranks come down to it after
+            the first step and then move to the layers where they are most useful.
+        total_steps: length of the training, in which the schedule of ranks is measured: first event
+            at 5 %, then every 2 % but at least 50 steps, last at 70 %.
+        min_rank: least rank of a layer under a budget, >= 0. Default 1.
+        rank_start: "budget" (default), or "full": all directions at first, a cubic descent to the
+            budget by the last event.
         **options: settings of the engine, by keyword: see `pyctrlora.options.EngineOptions`.
 
     Raises:
         ValueError: a number out of range; no parameter, or one twice; half a pair; a pair on two
-            devices.
+            devices; a budget below min_rank's cost or above the allocation, or without total_steps.
         TypeError: integer, complex, sparse or sharded parameters; an unknown option.
 
     Example:
@@ -88,6 +99,10 @@ class CTROptimizer(torch.optim.Optimizer):
         fallback_eps: float = 1e-8,
         fallback_weight_decay: float = 0.0,
         process_group: Group = "auto",
+        rank_budget: float | None = None,
+        total_steps: int | None = None,
+        min_rank: int = 1,
+        rank_start: Literal["budget", "full"] = "budget",
         **options: Unpack[EngineOptions],
     ) -> None:
         """See the class."""
@@ -110,6 +125,10 @@ class CTROptimizer(torch.optim.Optimizer):
                 UserWarning,
                 stacklevel=2,
             )
+        if rank_budget is not None:
+            pairs = [pair for _, pair in self._roster.all_pairs()]
+            ranks = make_rank_options(pairs, rank_budget, total_steps, min_rank, rank_start)
+            self._roster.schedule_ranks(ranks)
 
     @classmethod
     def from_model(cls, model: nn.Module, adapter_name: str | None = None, **settings: Any) -> Self:
@@ -248,8 +267,29 @@ class CTROptimizer(torch.optim.Optimizer):
         self._roster.config.setdefault("loss_scale", get_scale)
 
     def ranks(self) -> dict[str, int]:
-        """Rank of each pair by its name."""
-        return {pair.name: pair.a.shape[0] for _, pair in self._roster.all_pairs()}
+        """Active directions of each pair by its name; reading synchronises."""
+        active = self._roster.engine.ranks()
+        pairs = self._roster.all_pairs()
+        return {pair.name: active.get(pair.name, pair.a.shape[0]) for _, pair in pairs}
+
+    def allocate_ranks(self, utilities: dict[str, list[float]]) -> None:
+        """Chooses the ranks to start with under a budget; before the first step.
+
+        Args:
+            utilities: of each layer's directions by its name, e.g. halved squared singular values.
+
+        Raises:
+            ValueError: no budget, training has begun, or layers are missing.
+        """
+        self._roster.engine.allocate_ranks(utilities)
+
+    def record(self, loss: float | Tensor | None = None) -> None:
+        """Keeps the last step's numbers for `report()["training"]`, with its loss; synchronises."""
+        record(self._roster, self.metrics(), float(self.param_groups[0]["lr"]), loss)
+
+    def report(self) -> dict[str, Any]:
+        """What has happened so far, as plain types; reading synchronises. See `report.report`."""
+        return report(self._roster, self.metrics(), self.ranks())
 
     def metrics(self) -> dict[str, float]:
         """Numbers about the last step and counters of what was skipped; reading synchronises."""

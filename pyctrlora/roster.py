@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyctrlora import _C, processes
 from pyctrlora.observer import lost
 from pyctrlora.options import make_options
 from pyctrlora.pairing import is_frozen
+from pyctrlora.rank_options import as_plain, from_plain, rebudget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +33,9 @@ class Roster:
         config: the options as the user gave them.
         pairs: the engine's pairs, call by call.
         adamw: the other parameters it trains, call by call.
+        rank_options: the budget that its first pairs share, if any.
+        rank_calls: how many calls of `pairs` those are.
+        records: metrics of steps that the user asked to keep.
         frozen: parameters it has not got yet: frozen ones would only cost memory.
         process_group: who trains this model together; see `pyctrlora.processes`.
     """
@@ -45,6 +50,9 @@ class Roster:
         self.pairs: list[tuple[int, list[_C.LoraPair]]] = []
         self.adamw: list[tuple[int, list[Tensor]]] = []
         self.frozen: list[tuple[int, Tensor]] = []
+        self.rank_options: _C.RankOptions | None = None
+        self.rank_calls = 0
+        self.records: list[dict[str, float]] = []
         self.process_group = process_group
         self.token = object()
         self._joined: Any = None  # the group that the engine adds up over
@@ -113,6 +121,21 @@ class Roster:
         for pair in pairs:
             _owners[pair.a] = self.token
 
+    def schedule_ranks(self, options: _C.RankOptions) -> None:
+        """Puts the pairs that are here now under a budget."""
+        self.engine.schedule_ranks(options)
+        self.rank_options, self.rank_calls = options, len(self.pairs)
+
+    def _rebuild(self) -> None:
+        """A new engine over the members, without its state."""
+        self.engine = _C.Engine(make_options(self.fallback_lr, **self.config))
+        for call, (group, pairs) in enumerate(self.pairs, start=1):
+            self.engine.add_pairs(pairs, group)
+            if call == self.rank_calls and self.rank_options is not None:
+                self.engine.schedule_ranks(self.rank_options)
+        for group, tensors in self.adamw:
+            self.engine.add_fallback(tensors, group)
+
     def add_others(self, tensors: list[Tensor], group: int) -> None:
         """Parameters for AdamW; frozen ones wait."""
         self.frozen += [(group, tensor) for tensor in tensors]
@@ -130,6 +153,25 @@ class Roster:
             self.engine.add_fallback(tensors, group)
             self.adamw.append((group, tensors))
 
+    def detach_state(self) -> dict[str, Any]:
+        """The engine's state and the order of its layers, before ranks change."""
+        return {"tensors": self.engine.named_tensors(), "layout": self.engine.layout()}
+
+    def attach_state(self, old: dict[str, Any], kept: dict[int, Tensor]) -> None:
+        """A new engine over pairs whose ranks have changed, with the state of the old one.
+
+        Args:
+            old: from `detach_state`.
+            kept: for each A (by id) that has shrunk, the directions that it kept.
+        """
+        if self.rank_options is not None:  # fewer parameters are allocated now
+            self.rank_options = rebudget(
+                self.rank_options, [p for _, pairs in self.pairs[: self.rank_calls] for p in pairs]
+            )
+        self._rebuild()
+        by_name = {pair.name: kept.get(id(pair.a)) for _, pair in self.all_pairs()}
+        self.engine.load(carry_over(old, self.engine, by_name))
+
     def __getstate__(self) -> dict[str, Any]:
         """Plain types and tensors; a pair says whether it is registered."""
         pairs = [
@@ -140,7 +182,8 @@ class Roster:
         group = None if self.process_group is None else "auto"
         own = {"config": self.config, "fallback_lr": self.fallback_lr, "process_group": group}
         members = {"pairs": pairs, "adamw": self.adamw, "frozen": self.frozen}
-        return {**own, **members, "tensors": self.engine.named_tensors()}
+        ranks = {"ranks": as_plain(self.rank_options), "rank_calls": self.rank_calls}
+        return {**own, **members, **ranks, "tensors": self.engine.named_tensors()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A new engine over the members in `state`, which may be copies."""
@@ -156,5 +199,49 @@ class Roster:
         for group, tensors in state["adamw"]:
             self.engine.add_fallback(tensors, group)
             self.adamw.append((group, tensors))
+            self.pairs.append((group, pairs))
+        self.adamw = state["adamw"]
+        self.rank_options, self.rank_calls = from_plain(state["ranks"]), state["rank_calls"]
+        self._rebuild()
         self.frozen = state["frozen"]
         self.engine.load(state["tensors"])
+
+
+def carry_over(
+    old: dict[str, Any], engine: _C.Engine, kept: dict[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """The old engine's state in the order and with the ranks of a new one.
+
+    A layer's tensors differ in no dimension but the rank's, so those that differ are the rank's.
+    """
+    tensors: dict[str, Tensor] = old["tensors"]
+    place = {
+        name: (i, at) for i, names in enumerate(old["layout"]) for at, name in enumerate(names)
+    }
+    state = {key: value for key, value in tensors.items() if not key.startswith("group")}
+    layout = engine.layout()
+    for key, blank in engine.named_tensors().items():
+        if not key.startswith("group"):
+            continue
+        head, _, part = key.partition(".")
+        names = layout[int(head.removeprefix("group"))]
+        if part == "age":
+            state[key] = tensors[f"group{place[names[0]][0]}.{part}"]
+        elif part.startswith("probe_"):  # blank: the Grams are measured anew
+            state[key] = blank
+        elif part == "share_set":  # their numbers are places in the old group: each on its own
+            state[key] = torch.arange(len(names))
+        else:
+            rows = []
+            for at, name in enumerate(names):
+                i, row = place[name]
+                rows.append(_shrunk(tensors[f"group{i}.{part}"][row], blank[at], kept[name]))
+            state[key] = torch.stack(rows)
+    return state
+
+
+def _shrunk(value: Tensor, like: Tensor, kept: Tensor | None) -> Tensor:
+    for dim, (old, new) in enumerate(zip(value.shape, like.shape, strict=True)):
+        if kept is not None and old != new:
+            value = value.index_select(dim, kept)
+    return value

@@ -13,6 +13,7 @@
 #include "ctrlora/version.h"
 #include "detail/check.h"
 #include "detail/fallback.h"
+#include "detail/rank_control.h"
 #include "detail/rank_space.h"
 #include "detail/tensor_math.h"
 
@@ -106,6 +107,9 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
     }
     ++steps_;
     sampler_->set_step(steps_);
+    if (rank_control_ != nullptr) {
+      rank_control_->after_step(groups_, steps_);
+    }
     if (steps_ % options_.balance_every == 0) {
       retire_failed_layers();
     }
@@ -271,6 +275,10 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
     for (const auto& [name, tensor] : groups_[i]->named_tensors()) {
       out.emplace_back(prefix + name, tensor);
     }
+  }
+  if (rank_control_ != nullptr) {
+    const auto tensors = rank_control_->named_tensors();
+    out.insert(out.end(), tensors.begin(), tensors.end());
   }
   for (size_t i = 0; i < fallbacks_.size(); ++i) {
     const std::string& retired = fallbacks_[i]->retired;

@@ -1,9 +1,11 @@
 #include "ctrlora/gauge.h"
 
 #include <ATen/ops/bmm.h>
+#include <ATen/ops/diag_embed.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/maximum.h>
+#include <ATen/ops/sort.h>
 
 #include "detail/small_matrix.h"
 #include "detail/tensor_math.h"
@@ -18,11 +20,14 @@ GaugeMap balance(const at::Tensor& gram_b, const at::Tensor& gram_a) {
   const detail::NumericsGuard guard;
   constexpr double kEps = 1e-15;
   const at::Tensor identity = at::eye(gram_a.size(-1), gram_a.options()).expand_as(gram_a);
-  const detail::Cholesky cholesky = detail::robust_cholesky(gram_a, kEps);
+  // Inactive directions are kept apart from the others by the eigenvalue -1, which sorts last.
+  const at::Tensor off = detail::zero_directions(gram_b, gram_a);
+  const detail::Cholesky cholesky = detail::robust_cholesky(gram_a + at::diag_embed(off), kEps);
   const at::Tensor whitened = small_bmm(cholesky.factor.mT(), small_bmm(gram_b, cholesky.factor));
-  const detail::Eigh eigh = detail::symmetric_eigh(whitened);
+  const detail::Eigh eigh = detail::symmetric_eigh(whitened - at::diag_embed(off));
   const at::Tensor sigma = eigh.values.clamp_min(0).sqrt().flip(-1);  // descending
-  const at::Tensor vectors = eigh.vectors.flip(-1);
+  const at::Tensor apart = off.unsqueeze(-1) == std::get<0>(off.sort(-1)).unsqueeze(-2);
+  const at::Tensor vectors = eigh.vectors.flip(-1) * apart;  // what is zero is exactly zero
   const at::Tensor largest = sigma.select(-1, 0);
   const at::Tensor root = at::maximum(sigma, 1e-2 * largest.unsqueeze(-1)).sqrt();
 

@@ -13,7 +13,7 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "ctrlora/gauge.h"
+#include "detail/group_ranks.h"
 #include "detail/parameter_slabs.h"
 #include "detail/pending_observations.h"
 #include "detail/tall_skinny.h"
@@ -117,6 +117,9 @@ void LayerGroup::move_state(const at::TensorOptions& options) {
   if (may_lag_) {
     back_.to(options);
   }
+  if (ranks_ != nullptr) {
+    ranks_->to(options);
+  }
   refresh_metrics();
   observations_->clear();
 }
@@ -185,6 +188,9 @@ Measurement LayerGroup::measure(const GroupSettings& settings) const {
   out.momentum_factor = (options_.maximize ? -1.0 : 1.0) / momentum_weight_.clamp_min(1e-300);
   out.radius = settings.lr * factors_.base_square.clamp_min(0).sqrt();
   out.direction_rms = (rms_square_ / rms_weight_.clamp_min(1e-300)).sqrt();
+  if (ranks_ != nullptr && ranks_->phase() != detail::SketchPhase::kNone) {
+    ranks_->score(out.input.wm * as_column(out.momentum_factor), grad_ok_);
+  }
   return out;
 }
 
@@ -225,14 +231,6 @@ void LayerGroup::finish() {
   }
   parameters_->remember();
   want();
-}
-
-void LayerGroup::balance_gauge() {
-  GaugeMap gauge = balance(weighted_gram(output_metric_.whiten, output_.uw, output_.ww),
-                           weighted_gram(input_metric_.whiten, input_.uw, input_.ww));
-  gauge.ok = gauge.ok.logical_and(active_).logical_and(momentum_weight_ > 0);
-  apply_gauge(gauge, parameters_->a(), parameters_->b(), momentum_a_, momentum_b_);
-  refresh_grams({0, layers()});
 }
 
 std::vector<LoraPair> LayerGroup::take_failed() {
@@ -285,6 +283,11 @@ std::vector<std::pair<std::string, at::Tensor>> LayerGroup::named_tensors() cons
   if (may_lag_) {
     for (const auto& [name, tensor] : back_.named_tensors()) {
       out.emplace_back("back." + name, tensor);
+    }
+  }
+  if (ranks_ != nullptr) {
+    for (const auto& item : ranks_->named_tensors()) {
+      out.push_back(item);
     }
   }
   return out;

@@ -1,5 +1,6 @@
 // What a LayerGroup observes: which layers on which step, and how it enters the factors.
 #include "ctrlora/layer_group.h"
+#include "detail/group_ranks.h"
 #include "detail/parameter_slabs.h"
 #include "detail/pending_observations.h"
 #include "detail/tall_skinny.h"
@@ -47,6 +48,9 @@ int64_t LayerGroup::micro_batch(int64_t layer) const {
 }
 
 void LayerGroup::observe(int64_t layer, const Observation& observation) {
+  if (ranks_ != nullptr) {
+    ranks_->add(layer, observation, micro_batch(layer) == 0, options_.loss_scale);
+  }
   observations_->add(layer, observation, factors_);
 }
 

@@ -161,14 +161,18 @@ TangentStep tangent_step(const SideProducts& input,
   const at::Tensor p = weighted_gram(output_metric.whiten, output.uw, output.ww);
   at::Tensor q = weighted_gram(input_metric.whiten, input.uw, input.ww);
   q = q + at::diag_embed(q.diagonal(0, -2, -1) * (4 * eps));
+  const at::Tensor trace_pq = trace_of_product(p, q);
+  // Inactive directions (cpp/README.md, section 10): 1 on the diagonals keeps them apart.
+  const at::Tensor off = detail::zero_directions(p, q);
+  q = q + at::diag_embed(off);
   const detail::Cholesky cholesky_q = detail::robust_cholesky(q, eps);
   const at::Tensor q_inverse = detail::cholesky_inverse(cholesky_q.factor);
 
   // The floor moves with the gauge: tr PQ is invariant and Q^-1 transforms like P.
-  const at::Tensor floor =
-      trace_of_product(p, q) * (gram_floor / static_cast<double>(p.size(-1))) + kAbsoluteFloor;
+  const at::Tensor active = (static_cast<double>(p.size(-1)) - off.sum(-1)).clamp_min(1.0);
+  const at::Tensor floor = trace_pq * gram_floor / active + kAbsoluteFloor;
   const detail::Cholesky cholesky_p =
-      detail::robust_cholesky(p + as_column(floor) * q_inverse, eps);
+      detail::robust_cholesky(p + as_column(floor) * q_inverse + at::diag_embed(off), eps);
   // (P + floor)^-1 P (P + floor)^-1: where B has no component, momentum left from an older B must
   // not be blown up by the floor's inverse; at B = 0 the step of A is exactly zero.
   const at::Tensor p_floored = detail::cholesky_inverse(cholesky_p.factor);

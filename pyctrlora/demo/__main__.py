@@ -21,6 +21,7 @@ except ModuleNotFoundError as missing:
         "Remedy: pip install 'pyctrlora[demo]'."
     ) from missing
 
+from pyctrlora import plot
 from pyctrlora.demo import report
 from pyctrlora.demo.job import Job, gpt_job, transformers_job
 from pyctrlora.demo.pretrain import Pretraining, default_cache, load_or_pretrain
@@ -54,12 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lr=options.lr,
         seed=options.seed,
         quick=options.quick,
+        budget=options.budget,
     )
     print(f"fine-tuning on {job.text}: LoRA rank {options.rank} on all linear layers")
     result = compare(job, settings, say=_say)
     print(f"\n{report.table(result)}\n")
     adapter = job.save(result.model, options.out)
     report.plot(options.out / "loss.png", job, result)
+    if result.ctr.report is not None:
+        _plot_ranks(options.out, result.ctr.report)
     seconds = time.perf_counter() - began
     extra = {"rank": options.rank, "seconds": seconds, "versions": _versions(), **origin}
     report.write_json(options.out / "run.json", report.as_json(job, result, extra))
@@ -86,6 +90,17 @@ def _make_job(options: argparse.Namespace) -> tuple[Job, dict[str, Any]]:
         "code_loss": base.code_loss,
         "cached": base.cached,
     }
+
+
+def _plot_ranks(folder: Path, content: dict[str, Any]) -> None:
+    for draw in (plot.ranks, plot.budget, plot.training):
+        draw(content, folder / f"{draw.__name__}.png")
+    ranks = content["ranks"].values()
+    print(
+        f"{folder / 'ranks.png'}, budget.png, training.png: {content['parameters']} of "
+        f"{content['budget']} parameters in use, ranks {min(ranks)} to {max(ranks)}, "
+        f"{len(content['events'])} changes of layers"
+    )
 
 
 def _say(line: str) -> None:
@@ -116,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_at_least(4), default=120, help="of every run")
     add("--batch", type=_at_least(1), default=8, help="sequences a step")
     add("--lr", type=_positive, default=0.1, help="CTROptimizer's")
+    add("--budget", type=_positive, metavar="SHARE", help="of the adapters' parameters, up to 1")
     add("--seed", type=int, default=0, help="of adapters and batches")
     add("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the results")
     add("--quick", action="store_true", help="one learning rate for AdamW, not a sweep")

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class Settings:
         seed: of the adapters' initial values and of the batches.
         evaluations: validation passes of a run beside the one before its first step.
         quick: AdamW runs once, with the second of its learning rates, instead of the sweep.
+        budget: CTROptimizer's `rank_budget`; None keeps every direction.
     """
 
     steps: int = 120
@@ -46,6 +47,7 @@ class Settings:
     seed: int = 0
     evaluations: int = 12
     quick: bool = False
+    budget: float | None = None
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Run:
         step_seconds: of every training step, forward to `zero_grad`.
         optimizer_seconds: of every `step()`.
         state_bytes: size of the optimizer's tensors at the end.
+        report: CTROptimizer's, under a budget.
     """
 
     optimizer: str
@@ -73,6 +76,7 @@ class Run:
     step_seconds: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
     state_bytes: int = 0
+    report: dict[str, Any] | None = None
 
     @property
     def final_loss(self) -> float:
@@ -179,11 +183,12 @@ def fine_tune(job: Job, settings: Settings, optimizer: str, lr: float) -> tuple[
         The run and the trained model.
     """
     model = job.make(settings.seed)
-    opt = _make_optimizer(model, optimizer, lr)
+    opt = _make_optimizer(model, optimizer, lr, settings)
     ramp = LambdaLR(opt, lambda i: warm_up_and_decay(i, settings.steps))
     data = batches(job.train, job.context, settings.batch, settings.steps, settings.seed)
     stops = {settings.steps * i // settings.evaluations for i in range(1, settings.evaluations + 1)}
     run = Run(optimizer, lr)
+    budgeted = isinstance(opt, pyctrlora.CTROptimizer) and settings.budget is not None
     _evaluate(run, job, model)
     bar = tqdm(data, desc=f"{optimizer} lr {lr:g}", leave=False, disable=None)
     for step, tokens in enumerate(bar, start=1):
@@ -197,10 +202,14 @@ def fine_tune(job: Job, settings: Settings, optimizer: str, lr: float) -> tuple[
         opt.zero_grad()
         run.step_seconds.append(time.perf_counter() - began)
         run.train_losses.append(loss.item())
+        if budgeted:
+            opt.record(run.train_losses[-1])
         if step in stops:
             _evaluate(run, job, model)
             bar.set_postfix(validation=f"{run.final_loss:.3f}", refresh=False)
     run.state_bytes = sum(t.numel() * t.element_size() for t in _tensors(opt.state_dict()))
+    if budgeted:
+        run.report = opt.report()
     return run, model
 
 
@@ -213,10 +222,12 @@ def summary(run: Run) -> str:
     )
 
 
-def _make_optimizer(model: nn.Module, optimizer: str, lr: float) -> torch.optim.Optimizer:
+def _make_optimizer(model: nn.Module, optimizer: str, lr: float, settings: Settings) -> Any:
     if optimizer == CTR:
         pyctrlora.attach(model)
-        return pyctrlora.CTROptimizer(model.parameters(), lr=lr)
+        return pyctrlora.CTROptimizer(
+            model.parameters(), lr=lr, rank_budget=settings.budget, total_steps=settings.steps
+        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=True)
 

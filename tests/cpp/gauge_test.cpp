@@ -228,3 +228,29 @@ TEST_CASE("LibTorch's batched decompositions equal looped ones") {
   CHECK(same_bits(rest[4], factor[4]));
   CHECK(same_bits(rest[6], factor[6]));
 }
+
+TEST_CASE("balance: directions that are off come last and stay exactly zero") {
+  at::manual_seed(5);
+  Problem problem = Problem::random(3, 9, 8, 5);
+  for (at::Tensor* slab : {&problem.a, &problem.momentum_a}) {
+    slab->select(1, 0).zero_();
+    slab->select(1, 3).zero_();
+  }
+  for (at::Tensor* slab : {&problem.b, &problem.momentum_b}) {
+    slab->select(2, 0).zero_();
+    slab->select(2, 3).zero_();
+  }
+  problem.b.select(2, 1).zero_();  // on, but grown just now
+  const GaugeMap gauge = ctrlora::balance(problem.p(), problem.q());
+  CHECK(gauge.ok.all().item<bool>());
+  const Problem got = problem.balanced(gauge);
+  CHECK(error(got.product(), problem.product()) < 1e-12);
+  CHECK((got.a.slice(1, 3) == 0).all().item<bool>());
+  CHECK((got.b.slice(2, 3) == 0).all().item<bool>());
+  CHECK((got.momentum_a.slice(1, 3) == 0).all().item<bool>());
+  CHECK((got.momentum_b.slice(2, 3) == 0).all().item<bool>());
+  CHECK((got.a.slice(1, 0, 3).norm(2, 2) > 1e-3).all().item<bool>());
+  const at::Tensor sigma = gauge.sigma.slice(1, 0, 2);
+  const at::Tensor p = got.p().slice(1, 0, 2).slice(2, 0, 2);
+  CHECK(error(p, at::diag_embed(sigma)) < 1e-10);
+}

@@ -359,3 +359,28 @@ TEST_CASE("a batch equals its layers one by one") {
               part(all.a).mT()) < 1e-12);
   }
 }
+
+TEST_CASE("directions that are off change nothing: as if the pair had fewer") {
+  at::manual_seed(14);
+  const Problem small = Problem::random(2, 9, 8, 3, 4);
+  Problem padded = small;
+  const auto with_zeros = [](const at::Tensor& x, int64_t dim) {
+    const at::Tensor zero = at::zeros_like(x.narrow(dim, 0, 1));
+    return at::cat({zero, x.narrow(dim, 0, 2), zero, x.narrow(dim, 2, 1)}, dim);
+  };
+  padded.a = with_zeros(small.a, 1);
+  padded.b = with_zeros(small.b, 2);
+  padded.grad_a = with_zeros(small.grad_a, 1);
+  padded.grad_b = with_zeros(small.grad_b, 2);
+  const TangentStep step = padded.step();
+  CHECK(step.ok.all().item<bool>());
+  const Deltas got = deltas(padded);
+  const Deltas expected = deltas(small);
+  CHECK(error(got.a, with_zeros(expected.a, 1)) < 1e-12);
+  CHECK(error(got.b, with_zeros(expected.b, 2)) < 1e-12);
+  for (const int64_t off : {0, 3}) {
+    CHECK((got.a.select(1, off) == 0).all().item<bool>());
+    CHECK((got.b.select(2, off) == 0).all().item<bool>());
+  }
+  CHECK(error(step.predicted_decrease, small.step().predicted_decrease) < 1e-12);
+}

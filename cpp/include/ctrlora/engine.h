@@ -15,13 +15,15 @@
 #include "ctrlora/lora_pair.h"
 #include "ctrlora/options.h"
 #include "ctrlora/processes.h"
+#include "ctrlora/rank_scheduler.h"
 #include "ctrlora/side_stream.h"
 
 namespace ctrlora {
 
 namespace detail {
 class AdamW;
-}
+class RankControl;
+}  // namespace detail
 
 class CTRLORA_API Engine {
  public:
@@ -37,6 +39,21 @@ class CTRLORA_API Engine {
 
   /// Other parameters of group `group`: trained by AdamW (Loshchilov & Hutter 2019).
   void add_fallback(const std::vector<at::Tensor>& params, int64_t group);
+
+  /// Keeps the pairs that are here now to a budget of parameters: ranks come down to it after the
+  /// first step and move between layers on schedule. Pairs added later are left alone. To be called
+  /// before the first step or before load().
+  /// @throws c10::ValueError as check_budget and RankOptions::validate, or a second time.
+  void schedule_ranks(const RankOptions& ranks);
+  /// The ranks to start with, by utilities of every layer's directions (by name, in any order), as
+  /// an initialisation finds them. Only after schedule_ranks and before the first step.
+  void allocate_ranks(const std::map<std::string, std::vector<double>>& utilities);
+  /// Active directions of each pair by name. Synchronises.
+  [[nodiscard]] std::map<std::string, int64_t> ranks() const;
+  /// What rank events have changed so far.
+  [[nodiscard]] std::vector<RankEvent> rank_events() const;
+  /// The step of each event so far, and the ranks after it in the order of layout().
+  [[nodiscard]] std::vector<std::pair<int64_t, std::vector<int64_t>>> rank_history() const;
 
   /// One step from the gradients in .grad. Groups with lr 0 and all their state stay untouched.
   /// @param settings one per parameter group, by index.
@@ -58,6 +75,9 @@ class CTRLORA_API Engine {
   [[nodiscard]] const Options& options() const { return options_; }
   /// Names of the pairs that were handed to AdamW after repeated failures.
   [[nodiscard]] const std::vector<std::string>& retired() const { return retired_; }
+
+  /// Names of the layers of each group, in the order of its tensors' leading dimension.
+  [[nodiscard]] std::vector<std::vector<std::string>> layout() const;
 
   /// Flat numbers about the last step. Reading synchronises with the device.
   [[nodiscard]] std::map<std::string, double> metrics() const;
@@ -89,6 +109,7 @@ class CTRLORA_API Engine {
   std::vector<std::string> retired_;
   std::unique_ptr<StepReport> report_;
   std::shared_ptr<const Processes> processes_;  // null: there is one
+  std::unique_ptr<detail::RankControl> rank_control_;
   int64_t steps_ = 0;
 };
 

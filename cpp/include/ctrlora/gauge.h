@@ -21,8 +21,9 @@ struct CTRLORA_API GaugeMap {
 };
 
 /// The map to the balanced gauge. Sigma is floored at 0.01 of its maximum inside R, so that
-/// directions which B does not have keep A rows of usable size. Layers with P = 0 or a failed
-/// decomposition keep their gauge.
+/// directions which B does not have keep A rows of usable size. Directions with neither an A row
+/// nor a B column come last and stay exactly zero. Layers with P = 0 or a failed decomposition keep
+/// their gauge.
 /// @param gram_b P, gram_a Q: (L, r, r) float64.
 CTRLORA_API GaugeMap balance(const at::Tensor& gram_b, const at::Tensor& gram_a);
 

@@ -24,6 +24,9 @@
 namespace ctrlora {
 
 namespace detail {
+class GroupRanks;
+struct GroupScores;
+struct GroupView;
 class ParameterSlabs;
 class PendingObservations;
 }  // namespace detail
@@ -87,6 +90,20 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   /// slabs.
   std::vector<LoraPair> take_out(const at::Tensor& layers);
 
+  // ---- Ranks (cpp/README.md, section 10) ----
+  /// Keeps statistics for rank events from now on. @param candidates new directions to choose from.
+  void schedule_ranks(int64_t candidates);
+  /// (L, r) bool on the host: directions of which the A row or the B column is not zero.
+  [[nodiscard]] at::Tensor directions() const;
+  /// (L) bool: not handed to AdamW.
+  [[nodiscard]] const at::Tensor& active() const { return active_; }
+  /// Starts a phase of the statistics (detail::SketchPhase) where it differs from the present one.
+  void enter_phase(int64_t phase, uint64_t stream);
+  /// Utilities in the balanced gauge, to which this moves.
+  [[nodiscard]] detail::GroupScores rank_scores();
+  /// Zeroes the directions not in `keep`, grows `rows` by index (see detail::GroupRanks::change).
+  void change_ranks(const at::Tensor& keep, const at::Tensor& grow, const at::Tensor& rows);
+
   /// State by name, without the parameters; live tensors.
   [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
   /// To be called when those were overwritten.
@@ -109,6 +126,7 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   void move_state(const at::TensorOptions& options);
   void want();
   void balance_gauge();
+  [[nodiscard]] detail::GroupView view() const;
   [[nodiscard]] double rounding() const;
 
   std::vector<LoraPair> pairs_;
@@ -118,6 +136,7 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   std::shared_ptr<RowSampler> sampler_;
   std::unique_ptr<detail::ParameterSlabs> parameters_;
   std::unique_ptr<detail::PendingObservations> observations_;
+  std::unique_ptr<detail::GroupRanks> ranks_;  // null: no schedule
 
   at::Tensor momentum_a_, momentum_b_;  // (L, r, n), (L, m, r), statistics' dtype
   at::Tensor momentum_weight_;          // (L) float64: 1 - beta1^t of the steps taken

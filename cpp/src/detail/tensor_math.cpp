@@ -64,6 +64,11 @@ at::Tensor identity_like(const at::Tensor& matrix) {
 
 }  // namespace
 
+at::Tensor zero_directions(const at::Tensor& gram_b, const at::Tensor& gram_a) {
+  const auto zero = [](const at::Tensor& gram) { return gram.diagonal(0, -2, -1) == 0; };
+  return zero(gram_b).logical_and(zero(gram_a)).to(gram_a.scalar_type());
+}
+
 Cholesky robust_cholesky(const at::Tensor& gram, double eps) {
   const at::Tensor finite = finite_layers(gram);
   const at::Tensor identity = identity_like(gram);

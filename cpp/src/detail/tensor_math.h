@@ -51,6 +51,9 @@ at::Tensor inner(const at::Tensor& x, const at::Tensor& y);
 /// a CPU the entries are in our memory, elsewhere the answer is no.
 bool known_to_be_true(const at::Tensor& mask);
 
+/// (L, r) float64: 1 where a direction has neither a B column nor an A row, going by its Grams.
+at::Tensor zero_directions(const at::Tensor& gram_b, const at::Tensor& gram_a);
+
 struct Cholesky {
   at::Tensor factor;  // (L, r, r) lower
   at::Tensor ok;      // (L) bool; elsewhere factor = I

@@ -1,0 +1,249 @@
+#include "detail/group_ranks.h"
+
+#include <ATen/ops/arange.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/diag_embed.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/nan_to_num.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+
+#include "detail/philox.h"
+#include "detail/small_matrix.h"
+#include "detail/tall_skinny.h"
+#include "detail/tensor_math.h"
+
+namespace ctrlora::detail {
+
+namespace {
+
+// The inverse of a Gram of active directions, zero elsewhere. `floor` is relative to its trace.
+at::Tensor active_inverse(const at::Tensor& gram, double floor) {
+  const at::Tensor diagonal = gram.diagonal(0, -2, -1);
+  const at::Tensor off = (diagonal == 0).to(gram.scalar_type());
+  const at::Tensor lift = floor * diagonal.mean(-1, /*keepdim=*/true) * (1 - off) + off;
+  const Cholesky cholesky = robust_cholesky(gram + at::diag_embed(lift), 1e-15);
+  return select_layers(cholesky.ok, cholesky_inverse(cholesky.factor) - at::diag_embed(off),
+                       at::zeros({}, gram.options()));
+}
+
+at::Tensor product(const at::Tensor& tall, const at::Tensor& small) {  // (L,d,p) (L,p,q)
+  return at::bmm(tall, small.to(tall.scalar_type()));
+}
+
+constexpr double kFloor = 1e-10;
+
+// 1 / singular value from the eigenvalues of a Gram, largest first; 0 for what is but rounding.
+at::Tensor inverse_size(const Eigh& eigh, at::ScalarType dtype) {
+  const double rounding = dtype == at::kDouble ? 1e-12 : 1e-6;
+  const at::Tensor square = eigh.values.flip(-1);
+  const at::Tensor counts = square > rounding * square.select(-1, 0).unsqueeze(-1);
+  return at::where(counts, square.clamp_min(1e-300).rsqrt(), at::zeros({}, square.options()));
+}
+
+// Left singular vectors of (L, d, q) columns, largest first; zero where there is but rounding.
+at::Tensor singular_vectors(const at::Tensor& columns) {
+  const Eigh eigh = symmetric_eigh(tall_gram(columns, columns));
+  return product(columns,
+                 eigh.vectors.flip(-1) * inverse_size(eigh, columns.scalar_type()).unsqueeze(-2));
+}
+
+}  // namespace
+
+GroupRanks::GroupRanks(const GroupView& view, const Options& options, int64_t sketch_columns)
+    : exponent_(options.whitening / 2), damping_(options.damping), seed_(options.seed) {
+  const int64_t layers = view.a.size(0);
+  const int64_t n = view.a.size(2);
+  const int64_t m = view.b.size(1);
+  const int64_t q = std::min({sketch_columns, m, n});
+  const at::TensorOptions tall = view.momentum_a.options();
+  const at::TensorOptions small = tall.dtype(at::kDouble);
+  phase_ = at::zeros({layers}, at::kLong);  // on the host: backward asks for it
+  probe_a_ = at::zeros({layers, n, q}, tall);
+  probe_b_ = at::zeros({layers, m, q}, tall);
+  sum_b_ = at::zeros({layers, m, q}, tall);
+  sum_a_ = at::zeros({layers, 2, q, n}, tall);
+  steps_ = at::zeros({layers}, at::kDouble);
+  score_ = at::zeros(view.gram_a.sizes(), small);
+  score_steps_ = at::zeros({layers}, small);
+}
+
+SketchPhase GroupRanks::phase() const {
+  return static_cast<SketchPhase>(*phase_.const_data_ptr<int64_t>());
+}
+
+at::Tensor GroupRanks::whiten(const LowRankEigen& factor,
+                              const at::Tensor& columns,
+                              double sign) const {
+  return factor.apply_power(columns, sign * exponent_, damping_);
+}
+
+void GroupRanks::begin(SketchPhase phase, const GroupView& view, uint64_t stream) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (phase == SketchPhase::kRange) {
+    begin_range(view, stream);
+  } else if (phase == SketchPhase::kSplit) {
+    begin_split(view);
+  }
+  phase_.fill_(static_cast<int64_t>(phase));
+}
+
+// V: random, outside the present rows in whitened coordinates; kept as O_g^-1/2 (I - Pi_A) V.
+void GroupRanks::begin_range(const GroupView& view, uint64_t stream) {
+  const LowRankEigen& omega = view.factors.input;
+  const at::Tensor random = philox_normal(seed_, stream, probe_a_.sizes(), probe_a_.options());
+  const at::Tensor a = view.a.mT().to(random.scalar_type());
+  const at::Tensor inside =
+      small_bmm(active_inverse(view.gram_a, kFloor), tall_gram(a, whiten(omega, random, 1.0)));
+  probe_a_.copy_(whiten(omega, random, -1.0) - product(a, inside));
+  sum_b_.zero_();
+  sum_a_.zero_();
+  steps_.zero_();
+  score_.zero_();
+  score_steps_.zero_();
+}
+
+// U = orth((I - Pi_B) S_g^-1/2 Y), kept as S_g^-1/2 U.
+void GroupRanks::begin_split(const GroupView& view) {
+  const LowRankEigen& s = view.factors.output;
+  const at::Tensor b = view.b.to(sum_b_.scalar_type());
+  const at::Tensor inside = small_bmm(active_inverse(view.gram_b, kFloor), tall_gram(b, sum_b_));
+  const at::Tensor residual = whiten(s, sum_b_, -1.0) - whiten(s, product(b, inside), 1.0);
+  // Twice: the second pass orthonormalises what rounding left of the first.
+  const at::Tensor range =
+      singular_vectors(singular_vectors(at::nan_to_num(residual, 0.0, 0.0, 0.0)));
+  probe_b_.copy_(whiten(s, range, -1.0));
+  steps_.zero_();
+}
+
+void GroupRanks::add(int64_t layer, const Observation& rows, bool new_step, double loss_scale) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const SketchPhase now = phase();
+  if (now == SketchPhase::kNone || rows.inputs.size(-1) != probe_a_.size(1) ||
+      rows.output_grads.size(-1) != probe_b_.size(1) || rows.inputs.device() != probe_a_.device()) {
+    return;
+  }
+  const at::ScalarType dtype = probe_a_.scalar_type();
+  const at::Tensor ok = at::isfinite(rows.inputs)
+                            .all(-1, /*keepdim=*/true)
+                            .logical_and(at::isfinite(rows.output_grads).all(-1, /*keepdim=*/true));
+  const at::Tensor zero = at::zeros({}, rows.inputs.options().dtype(dtype));
+  const at::Tensor x = at::where(ok, rows.inputs.to(dtype), zero);
+  const at::Tensor g =
+      at::where(ok, rows.output_grads.to(dtype), zero) * (rows.row_weight / loss_scale);
+  if (now == SketchPhase::kRange) {
+    sum_b_[layer].addmm_(g.t(), at::mm(x, probe_a_[layer]));
+  } else {
+    const at::Tensor c = at::mm(g, probe_b_[layer]);
+    const int64_t half = x.size(0) / 2;
+    const auto part = [&](int64_t which, int64_t begin, int64_t end) {
+      if (begin < end) {  // scaled to stand for all rows
+        const double share = static_cast<double>(x.size(0)) / static_cast<double>(end - begin);
+        sum_a_[layer][which].addmm_(c.slice(0, begin, end).t(), x.slice(0, begin, end), 1, share);
+      }
+    };
+    part(0, 0, half);
+    part(1, half, x.size(0));
+  }
+  steps_[layer] += new_step ? 1.0 : 0.0;
+}
+
+void GroupRanks::score(const at::Tensor& a_grad_a, const at::Tensor& live) {
+  const at::Tensor usable = live.logical_and(finite_layers(a_grad_a));
+  score_.add_(select_layers(usable, a_grad_a, at::zeros({}, a_grad_a.options())));
+  score_steps_.add_(usable);
+}
+
+void GroupRanks::transport(const GaugeMap& gauge) {  // A <- R A, gradA <- R^-T gradA
+  score_.copy_(
+      select_layers(gauge.ok, small_bmm(small_bmm(gauge.map, score_), gauge.inverse), score_));
+}
+
+GroupScores GroupRanks::scores(const GroupView& view) const {
+  const at::Tensor p = view.gram_b.diagonal(0, -2, -1);
+  const at::Tensor q = view.gram_a.diagonal(0, -2, -1);
+  const at::Tensor slope = score_.diagonal(0, -2, -1) / score_steps_.clamp_min(1.0).unsqueeze(-1);
+  GroupScores out;
+  out.existing = (0.5 * view.scaling.square().unsqueeze(-1) * p * q - slope).to(at::kCPU);
+  out.active = p.logical_or(q).to(at::kCPU);
+
+  // Z O_g^-1/2 (I - Pi_A), transposed: (L, n, q) of each half.
+  const LowRankEigen& omega = view.factors.input;
+  const at::Tensor a = view.a.mT().to(probe_a_.scalar_type());
+  const at::Tensor inverse = active_inverse(view.gram_a, kFloor);
+  const at::Tensor count = steps_.clamp_min(1.0).to(probe_a_.options()).view({-1, 1, 1});
+  const auto residual = [&](int64_t half) {
+    const at::Tensor z = sum_a_.select(1, half).mT() / count;
+    const at::Tensor inside = small_bmm(inverse, tall_gram(a, z));
+    return at::nan_to_num(whiten(omega, z, -1.0) - whiten(omega, product(a, inside), 1.0), 0.0, 0.0,
+                          0.0);
+  };
+  const at::Tensor first = residual(0);
+  const at::Tensor second = residual(1);
+  const at::Tensor cross = tall_gram(first, second);
+  // Directions of one half, judged by the other: sigma_i = u_i^T Z_other v_i.
+  const auto judged = [&](const at::Tensor& half) {
+    const Eigh eigh = symmetric_eigh(tall_gram(half, half));
+    const at::Tensor u = eigh.vectors.flip(-1);
+    const at::Tensor inner =
+        (u * small_bmm(cross, u)).sum(-2) * inverse_size(eigh, half.scalar_type());
+    return at::nan_to_num(inner, 0.0, 0.0, 0.0).clamp_min(0);
+  };
+  const at::Tensor sigma = (judged(first) + judged(second)) / 2;
+  const at::Tensor utility = 0.5 * sigma.square() * (phase() == SketchPhase::kSplit ? 1.0 : 0.0);
+
+  const at::Tensor both = first + second;
+  const at::Tensor v = singular_vectors(both);
+  out.rows = at::nan_to_num(whiten(omega, v, -1.0), 0.0, 0.0, 0.0).mT().contiguous();
+  // A direction that came out as nothing cannot be grown.
+  const at::Tensor usable = (out.rows != 0).any(-1);
+  out.fresh = at::where(usable, utility, at::zeros({}, utility.options())).to(at::kCPU);
+  return out;
+}
+
+void GroupRanks::change(const GroupView& view,
+                        const at::Tensor& keep,
+                        const at::Tensor& grow,
+                        const at::Tensor& rows) const {
+  const at::Device device = view.a.device();
+  const at::Tensor stays = keep.to(device);
+  const at::Tensor index = grow.to(device);
+  const auto masked = [&](const at::Tensor& slab, int64_t dim) {
+    slab.copy_(at::where(stays.unsqueeze(dim), slab, at::zeros({}, slab.options())));
+  };
+  masked(view.a, -1);
+  masked(view.b, -2);
+  masked(view.momentum_a, -1);
+  masked(view.momentum_b, -2);
+  // As large as the rows that stay, on average; 1 where there is none.
+  const at::Tensor sizes = view.gram_a.diagonal(0, -2, -1) * stays;
+  const at::Tensor mean = sizes.sum(-1) / stays.sum(-1).clamp_min(1);
+  const at::Tensor size = at::where(mean > 0, mean, at::full({}, 1.0, mean.options())).sqrt();
+  const at::Tensor from = index.clamp_min(0).unsqueeze(-1).expand({-1, -1, rows.size(-1)});
+  const at::Tensor grown =
+      rows.gather(1, from) * as_column(size).to(rows.scalar_type()) * (index >= 0).unsqueeze(-1);
+  view.a.add_(grown.to(view.a.scalar_type()));
+}
+
+std::vector<std::pair<std::string, at::Tensor>> GroupRanks::named_tensors() const {
+  return {{"ranks.phase", phase_},     {"ranks.probe_a", probe_a_},
+          {"ranks.probe_b", probe_b_}, {"ranks.sum_a", sum_a_},
+          {"ranks.sum_b", sum_b_},     {"ranks.steps", steps_},
+          {"ranks.score", score_},     {"ranks.score_steps", score_steps_}};
+}
+
+void GroupRanks::to(const at::TensorOptions& statistics) {
+  for (at::Tensor* tensor : {&probe_a_, &probe_b_, &sum_b_, &sum_a_}) {
+    *tensor = tensor->to(statistics);
+  }
+  for (at::Tensor* tensor : {&score_, &score_steps_}) {
+    *tensor = tensor->to(statistics.device());
+  }
+}
+
+}  // namespace ctrlora::detail

@@ -1,0 +1,87 @@
+// What one group of layers knows for rank events: scores of its directions and a thin sketch of the
+// whitened gradient outside them (cpp/README.md, section 10).
+//
+// Leading dimension L throughout. The sketch has two phases. First Y = G V from random probes V
+// gives the range U of the residual; then Z = U^T G is summed over two halves of the rows, so that
+// each half can judge the directions of the other.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ctrlora/gauge.h"
+#include "ctrlora/kronecker_factors.h"
+#include "ctrlora/observation.h"
+#include "ctrlora/options.h"
+
+namespace ctrlora::detail {
+
+/// The group's own tensors, live.
+struct GroupView {
+  at::Tensor a, b;                    // (L, r, n), (L, m, r)
+  at::Tensor momentum_a, momentum_b;  // statistics' dtype
+  at::Tensor gram_a, gram_b;          // Q, P (L, r, r) float64
+  at::Tensor scaling;                 // (L) float64
+  const KroneckerFactors& factors;
+};
+
+enum class SketchPhase : int64_t { kNone = 0, kRange = 1, kSplit = 2 };
+
+/// Utilities on the host, and the A rows of new directions.
+struct GroupScores {
+  at::Tensor existing;  // (L, r) float64 CPU; of inactive directions meaningless
+  at::Tensor fresh;     // (L, q) float64 CPU, descending
+  at::Tensor active;    // (L, r) bool CPU
+  at::Tensor rows;      // (L, q, n): unit size in the metric, outside the present rows
+};
+
+class GroupRanks {
+ public:
+  GroupRanks(const GroupView& view, const Options& options, int64_t sketch_columns);
+
+  /// Enters a phase: clears the sums and draws or orthonormalises its probes.
+  void begin(SketchPhase phase, const GroupView& view, uint64_t stream);
+  /// Adds the rows of one backward of one layer. Thread-safe.
+  void add(int64_t layer, const Observation& rows, bool new_step, double loss_scale);
+  /// Enters <A_i, gradA_j> of one step, whatever its scale: (L, r, r), for the layers in `live`.
+  void score(const at::Tensor& a_grad_a, const at::Tensor& live);
+  /// Follows the parameters through a change of gauge.
+  void transport(const GaugeMap& gauge);
+
+  [[nodiscard]] GroupScores scores(const GroupView& view) const;
+  /// Zeroes what is not in `keep` (L, r) bool, writes rows grow (L, r) int64 (index into
+  /// GroupScores::rows, -1: none) as new A rows of the present rows' size; momenta are zeroed.
+  void change(const GroupView& view,
+              const at::Tensor& keep,
+              const at::Tensor& grow,
+              const at::Tensor& rows) const;
+
+  [[nodiscard]] SketchPhase phase() const;
+  [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
+  void to(const at::TensorOptions& statistics);
+
+ private:
+  [[nodiscard]] at::Tensor whiten(const LowRankEigen& factor,
+                                  const at::Tensor& columns,
+                                  double sign) const;
+  void begin_range(const GroupView& view, uint64_t stream);
+  void begin_split(const GroupView& view);
+
+  double exponent_, damping_;
+  uint64_t seed_;
+  std::mutex mutex_;
+  at::Tensor phase_;              // (L) int64, all equal
+  at::Tensor probe_a_, probe_b_;  // (L, n, q), (L, m, q): V and U, unwhitened
+  at::Tensor sum_b_;              // (L, m, q): G V
+  at::Tensor sum_a_;              // (L, 2, q, n): U^T G of both halves
+  at::Tensor steps_;              // (L) float64 steps in the sums
+  at::Tensor score_;              // (L, r, r) float64 sum of A gradA^T
+  at::Tensor score_steps_;        // (L) float64
+};
+
+}  // namespace ctrlora::detail
