@@ -81,8 +81,8 @@ struct OrthonormalMap {
 };
 
 /// Map that makes columns with this Gram (L, k, k) orthonormal, up to the Gram's rounding times its
-/// condition number: Cholesky-QR with columns scaled to unit length. @param eps rounding unit of the
-/// columns' dtype.
+/// condition number: Cholesky-QR with columns scaled to unit length. @param eps rounding unit of
+/// the columns' dtype.
 OrthonormalMap orthonormal_map(const at::Tensor& gram, double eps);
 
 struct Orthonormal {
