@@ -12,11 +12,14 @@ namespace {
 
 constexpr double kIrreplaceable = std::numeric_limits<double>::infinity();
 
-std::vector<int64_t> by_utility(const std::vector<double>& utility) {  // descending, stable
+std::vector<int64_t> by_utility(
+    const std::vector<double>& utility) {  // descending, first ones first
   std::vector<int64_t> order(utility.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) {
-    return utility[static_cast<size_t>(x)] > utility[static_cast<size_t>(y)];
+  std::sort(order.begin(), order.end(), [&](int64_t x, int64_t y) {
+    const double first = utility[static_cast<size_t>(x)];
+    const double second = utility[static_cast<size_t>(y)];
+    return first != second ? first > second : x < y;
   });
   return order;
 }
@@ -86,6 +89,7 @@ void RankPlanner::shrink() {
   std::vector<std::vector<double>> sorted;
   for (const Layer& own : state_) {
     std::vector<double> utility;
+    utility.reserve(own.kept.size());
     for (const int64_t i : own.kept) {
       utility.push_back(own.existing[static_cast<size_t>(i)]);
     }
@@ -146,8 +150,9 @@ std::vector<size_t> RankPlanner::candidates() const {
     }
   }
   const auto density = [&](size_t l) { return next(l) / static_cast<double>(layers_[l].cost()); };
-  std::stable_sort(order.begin(), order.end(),
-                   [&](size_t x, size_t y) { return density(x) > density(y); });
+  std::sort(order.begin(), order.end(), [&](size_t x, size_t y) {
+    return density(x) != density(y) ? density(x) > density(y) : x < y;
+  });
   return order;
 }
 
