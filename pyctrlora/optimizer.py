@@ -9,7 +9,6 @@ import torch
 from torch._compile import _disable_dynamo
 
 from pyctrlora.attach import attach
-from pyctrlora.describe import describe
 from pyctrlora.pairing import Named, find_pairs, label, named_tensors
 from pyctrlora.param_groups import (
     FALLBACK,
@@ -22,7 +21,7 @@ from pyctrlora.param_groups import (
     warn_unused_lr,
 )
 from pyctrlora.rank_options import make_rank_options
-from pyctrlora.report import record, report
+from pyctrlora.reports import Reports
 from pyctrlora.roster import Roster
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 _WHERE = "[pyctrlora.CTROptimizer]"
 
 
-class CTROptimizer(torch.optim.Optimizer):
+class CTROptimizer(Reports, torch.optim.Optimizer):
     """Curvature-whitened, trust-region steps for LoRA pairs; AdamW for everything else.
 
     Pairs are those `attach` or `LoRALinear` registered, else those that PEFT's parameter names
@@ -265,41 +264,6 @@ class CTROptimizer(torch.optim.Optimizer):
             get_scale: read at each step, e.g. `GradScaler.get_scale`.
         """
         self._roster.config.setdefault("loss_scale", get_scale)
-
-    def ranks(self) -> dict[str, int]:
-        """Active directions of each pair by its name; reading synchronises."""
-        active = self._roster.engine.ranks()
-        pairs = self._roster.all_pairs()
-        return {pair.name: active.get(pair.name, pair.a.shape[0]) for _, pair in pairs}
-
-    def allocate_ranks(self, utilities: dict[str, list[float]]) -> None:
-        """Chooses the ranks to start with under a budget; before the first step.
-
-        Args:
-            utilities: of each layer's directions by its name, e.g. halved squared singular values.
-
-        Raises:
-            ValueError: no budget, training has begun, or layers are missing.
-        """
-        self._roster.engine.allocate_ranks(utilities)
-
-    def record(self, loss: float | Tensor | None = None) -> None:
-        """Keeps the last step's numbers for `report()["training"]`, with its loss; synchronises."""
-        record(self._roster, self.metrics(), float(self.param_groups[0]["lr"]), loss)
-
-    def report(self) -> dict[str, Any]:
-        """What has happened so far, as plain types; reading synchronises. See `report.report`."""
-        return report(self._roster, self.metrics(), self.ranks())
-
-    def metrics(self) -> dict[str, float]:
-        """Numbers about the last step and counters of what was skipped; reading synchronises."""
-        return dict(self._roster.engine.metrics())
-
-    def describe(self) -> str:
-        """What is trained how, to print: pairs, AdamW's parameters, skipped and retired layers."""
-        roster = self._roster
-        retired = roster.engine.retired()
-        return describe(self.param_groups, roster.all_pairs(), roster.frozen, retired)
 
     def __getstate__(self) -> dict[str, Any]:
         """Torch's keys and the roster, which rebuilds its engine; hooks are not copied."""

@@ -122,13 +122,25 @@ class Roster:
             _owners[pair.a] = self.token
 
     def schedule_ranks(self, options: _C.RankOptions) -> None:
-        """Puts the pairs that are here now under a budget."""
+        """Puts the pairs that are here now under a budget.
+
+        Raises:
+            ValueError: several processes train together: their decisions would differ.
+        """
+        if self._joined is not None:
+            raise ValueError(
+                f"{_WHERE} expected one process for a rank_budget; got "
+                f"{self._joined.size()} that train together. Remedy: leave rank_budget out, or "
+                "choose ranks in one process and compact(model) before DDP."
+            )
         self.engine.schedule_ranks(options)
         self.rank_options, self.rank_calls = options, len(self.pairs)
 
     def _rebuild(self) -> None:
         """A new engine over the members, without its state."""
         self.engine = _C.Engine(make_options(self.fallback_lr, **self.config))
+        self._joined = None
+        self._join()
         for call, (group, pairs) in enumerate(self.pairs, start=1):
             self.engine.add_pairs(pairs, group)
             if call == self.rank_calls and self.rank_options is not None:
@@ -194,12 +206,7 @@ class Roster:
                 pairs.append(_C.LoraPair(a, b, scaling, name))
                 if registered:
                     _C.register_pair(pairs[-1])
-            self.engine.add_pairs(pairs, group)
             self._own(group, pairs)
-        for group, tensors in state["adamw"]:
-            self.engine.add_fallback(tensors, group)
-            self.adamw.append((group, tensors))
-            self.pairs.append((group, pairs))
         self.adamw = state["adamw"]
         self.rank_options, self.rank_calls = from_plain(state["ranks"]), state["rank_calls"]
         self._rebuild()
