@@ -83,7 +83,7 @@ void Engine::add_fallback(const std::vector<at::Tensor>& params, int64_t group) 
 void Engine::step(const std::vector<GroupSettings>& settings) {
   const detail::NumericsGuard guard;
   const std::vector<const GroupSettings*> by_group = checked(settings);
-  std::vector<detail::RankSpace> spaces;
+  std::vector<detail::RankSpace::Member> moving;
   join_refreshes();
   for (const auto& group : groups_) {
     const GroupSettings& own = *by_group[static_cast<size_t>(group->group())];
@@ -94,13 +94,11 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
     group->bind();
     group->update_momentum();
     group->commit_observations(side_stream_);
-    detail::RankSpace::sort_in(spaces, group, own);
+    moving.push_back({group, own});
   }
-  for (detail::RankSpace& space : spaces) {
-    space.propose(options_);
-  }
-  if (!spaces.empty()) {
-    report_->spaces = std::move(spaces);
+  if (!moving.empty()) {
+    report_->spaces = detail::RankSpace::sort(moving);
+    detail::RankSpace::propose(report_->spaces, options_);
     fisher_ball();
     for (const detail::RankSpace& space : report_->spaces) {
       space.apply(report_->shrink);
@@ -132,13 +130,11 @@ void Engine::join_refreshes() const {
 // One phi <= 1 for all layers: half the sum of the quartics at the lengths found so far, as one
 // quartic in phi.
 void Engine::fisher_ball() {
-  std::vector<Quartic> parts;
   double ratio = 0.0;
   for (const detail::RankSpace& space : report_->spaces) {
-    parts.push_back(space.predicted_kl());
     ratio = std::max(ratio, space.schedule());
   }
-  const Quartic kl = Quartic::sum(parts);
+  const Quartic kl = detail::RankSpace::predicted_kl(report_->spaces);
   const at::Tensor one = at::ones({1}, kl.c2.options());
   report_->kl_radius = options_.kl_radius * ratio * ratio;
   report_->predicted_kl = kl(one);

@@ -1,37 +1,56 @@
 #include "detail/rank_space.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <map>
 #include <optional>
 
 #include "detail/tensor_math.h"
 
 namespace ctrlora::detail {
 
-bool RankSpace::takes(const LayerGroup& group) const {
-  const LayerGroup& own = *members_.front().group;
-  const auto same = [](const LowRankEigen& x, const LowRankEigen& y) {
-    return x.sketch_rank() == y.sketch_rank() &&
-           x.basis().options().type_equal(y.basis().options());
-  };
-  return own.rank() == group.rank() &&
-         own.factors().input.basis().device() == group.factors().input.basis().device() &&
-         same(own.factors().input, group.factors().input) &&
-         same(own.factors().output, group.factors().output);
+int64_t RankSpace::layers() const {
+  int64_t count = 0;
+  for (const Member& member : members_) {
+    count += member.group->layers();
+  }
+  return count;
 }
 
-void RankSpace::sort_in(std::vector<RankSpace>& spaces,
-                        const std::shared_ptr<LayerGroup>& group,
-                        const GroupSettings& settings) {
-  auto space = std::find_if(spaces.begin(), spaces.end(),
-                            [&](const RankSpace& known) { return known.takes(*group); });
-  if (space == spaces.end()) {
-    space = spaces.insert(space, RankSpace());
+bool RankSpace::takes(const LayerGroup& group, int64_t most) const {
+  const LayerGroup& own = *members_.front().group;
+  const auto same = [](const LowRankEigen& x, const LowRankEigen& y) {
+    return x.sketch_rank() == y.sketch_rank() && x.basis().device() == y.basis().device() &&
+           x.basis().scalar_type() == y.basis().scalar_type();
+  };
+  return own.rank() == group.rank() && same(own.factors().input, group.factors().input) &&
+         same(own.factors().output, group.factors().output) && layers() + group.layers() <= most;
+}
+
+std::vector<RankSpace> RankSpace::sort(const std::vector<Member>& members) {
+  int64_t most = 0;
+  for (const Member& member : members) {
+    most += member.group->layers();
   }
-  space->members_.push_back({group, settings});
+  if (!members.empty() && members.front().group->factors().base_square.is_cpu()) {
+    most = (most + at::get_num_threads() - 1) / at::get_num_threads();
+  }
+  std::vector<RankSpace> spaces;
+  for (size_t i = 0; i < members.size(); ++i) {
+    auto space = std::find_if(spaces.begin(), spaces.end(), [&](const RankSpace& known) {
+      return known.takes(*members[i].group, most);
+    });
+    if (space == spaces.end()) {
+      space = spaces.insert(space, RankSpace());
+    }
+    space->members_.push_back(members[i]);
+    space->places_.push_back(i);
+  }
+  return spaces;
 }
 
 // The raw gradients' directions, sized on the layers observed in this step.
@@ -57,21 +76,55 @@ void RankSpace::update_sizes(const Options& options) const {
   }
 }
 
-void RankSpace::propose(const Options& options) {
-  update_sizes(options);
+Measurement RankSpace::measure() const {
   std::vector<Measurement> parts;
   parts.reserve(members_.size());
   for (const Member& member : members_) {
     parts.push_back(member.group->measure(member.settings));
   }
-  proposal_ = ctrlora::propose(Measurement::cat(parts), options);
+  return Measurement::cat(parts);
 }
 
-Quartic RankSpace::predicted_kl() const {
-  const at::Tensor& f = proposal_.length;
-  const Quartic norm = proposal_.fisher_norm.where(proposal_.ok);
-  const at::Tensor square = 0.5 * f.square();
-  return {norm.c2 * square, norm.c3 * square * f, norm.c4 * square * f.square()};
+void RankSpace::propose(std::vector<RankSpace>& spaces, const Options& options) {
+  std::vector<Measurement> measured;
+  measured.reserve(spaces.size());
+  for (const RankSpace& space : spaces) {
+    space.update_sizes(options);
+    measured.push_back(space.measure());
+  }
+  const auto decide = [&](int64_t begin, int64_t end) {
+    for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+      spaces[i].proposal_ = ctrlora::propose(measured[i], options);
+    }
+  };
+  const auto count = static_cast<int64_t>(spaces.size());
+  if (measured.front().scaling.is_cpu()) {
+    at::parallel_for(0, count, 1, decide);  // small operations: a thread takes a space
+  } else {
+    decide(0, count);
+  }
+}
+
+Quartic RankSpace::predicted_kl(const std::vector<RankSpace>& spaces) {
+  std::map<size_t, Quartic> by_place;
+  for (const RankSpace& space : spaces) {
+    const at::Tensor& f = space.proposal_.length;
+    const Quartic norm = space.proposal_.fisher_norm.where(space.proposal_.ok);
+    const at::Tensor square = 0.5 * f.square();
+    const Quartic kl = {norm.c2 * square, norm.c3 * square * f, norm.c4 * square * f.square()};
+    int64_t begin = 0;
+    for (size_t i = 0; i < space.members_.size(); ++i) {
+      const int64_t end = begin + space.members_[i].group->layers();
+      by_place[space.places_[i]] = kl.slice(begin, end);
+      begin = end;
+    }
+  }
+  std::vector<Quartic> parts;
+  parts.reserve(by_place.size());
+  for (const auto& item : by_place) {
+    parts.push_back(item.second);
+  }
+  return Quartic::sum(parts);
 }
 
 double RankSpace::schedule() const {

@@ -15,15 +15,20 @@ namespace ctrlora::detail {
 
 class RankSpace {
  public:
-  /// Adds a group to the space it fits, or to a new one.
-  static void sort_in(std::vector<RankSpace>& spaces,
-                      const std::shared_ptr<LayerGroup>& group,
-                      const GroupSettings& settings);
+  /// A group that takes part in this step.
+  struct Member {
+    std::shared_ptr<LayerGroup> group;
+    GroupSettings settings;
+  };
 
+  /// Sorts groups by rank and sketch rank; on a CPU into enough spaces that every thread has some
+  /// layers to decide on.
+  static std::vector<RankSpace> sort(const std::vector<Member>& members);
   /// Measures all layers and decides direction and length inside the output ball.
-  void propose(const Options& options);
-  /// Half the squared Fisher norm at those lengths, as a quartic in a common factor; one per layer.
-  [[nodiscard]] Quartic predicted_kl() const;
+  static void propose(std::vector<RankSpace>& spaces, const Options& options);
+  /// Half the squared Fisher norm of all layers at those lengths, as one quartic in a common factor.
+  /// Summed group by group, whatever space a group is in.
+  static Quartic predicted_kl(const std::vector<RankSpace>& spaces);
   /// Largest lr / initial lr of the groups, at most 1.
   [[nodiscard]] double schedule() const;
   /// Moves the parameters by shrink (1) times the proposed length and ends the groups' step.
@@ -37,15 +42,13 @@ class RankSpace {
   [[nodiscard]] Change change(const at::Tensor& shrink) const;
 
  private:
-  struct Member {
-    std::shared_ptr<LayerGroup> group;
-    GroupSettings settings;
-  };
-
-  [[nodiscard]] bool takes(const LayerGroup& group) const;
+  [[nodiscard]] bool takes(const LayerGroup& group, int64_t most) const;
+  [[nodiscard]] int64_t layers() const;
   void update_sizes(const Options& options) const;
+  [[nodiscard]] Measurement measure() const;
 
   std::vector<Member> members_;
+  std::vector<size_t> places_;  // of the members among all groups
   Proposal proposal_;
 };
 
