@@ -55,6 +55,9 @@ def test_guide(tmp_path, task, code):
     if task == "With transformers' Trainer, or TRL's":
         assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 5
         assert (tmp_path / "run" / "checkpoint-20" / "ctrlora_ranks.json").exists()
+    elif task.startswith("Start values"):
+        assert (tmp_path / "ranks.png").stat().st_size > 5000
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     elif task.startswith("A loop of your own"):
         assert torch.load(tmp_path / "run.pt", weights_only=True)["step"] == 20
     elif task == "A C++ program":
