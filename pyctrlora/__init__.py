@@ -16,6 +16,7 @@ load_extension()
 
 from pyctrlora import plot
 from pyctrlora.attach import Attachment, attach
+from pyctrlora.fuse import fuse, unfuse
 from pyctrlora.init import cg_init
 from pyctrlora.init_report import InitReport
 from pyctrlora.layers import LoRALinear, add_lora
@@ -39,7 +40,9 @@ __all__ = [
     "cg_init",
     "cmake_prefix_path",
     "compact",
+    "fuse",
     "plot",
     "prepare_for_resume",
     "save_adapter",
+    "unfuse",
 ]

@@ -43,7 +43,7 @@ class LayerObserver:
     @classmethod
     def of(cls, layer: nn.Module) -> LayerObserver:
         """The observer of a LoRA layer, installed if it has none."""
-        observer = layer.__dict__.get(_ATTRIBUTE)
+        observer = observer_of(layer)
         if observer is None:
             observer = cls(layer)
             setattr(layer, _ATTRIBUTE, observer)
@@ -73,11 +73,10 @@ class LayerObserver:
     def see_base(self, _base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the base layer: samples rows for every adapter that is on and wanted."""
         self.captures = []
-        wanted = [name for name, slot in self.slots.items() if slot.wanted]
-        if not (wanted and args and torch.is_grad_enabled() and isinstance(output, Tensor)):
+        if not (args and torch.is_grad_enabled() and isinstance(output, Tensor)):
             return
         layer = self.layer()
-        wanted = [name for name in wanted if self._is_current(layer, name)]
+        wanted = self._wanted(layer)
         if getattr(layer, "disable_adapters", False) or getattr(layer, "merged", False):
             return
         active = getattr(layer, "active_adapters", wanted)
@@ -86,6 +85,17 @@ class LayerObserver:
                 capture = self.slots[name].capture(args[0], output)
                 if capture is not None:
                     self.captures.append(capture)
+
+    def slot_to_capture(self, layer: nn.Module, adapter: str) -> _C.ObservationSlot | None:
+        """For a fused node, which captures by itself instead of the hooks; None: nothing wanted."""
+        self.captures = []
+        if not torch.is_grad_enabled():
+            return None
+        return self.slots[adapter] if adapter in self._wanted(layer) else None
+
+    def _wanted(self, layer: nn.Module | None) -> list[str]:
+        names = [name for name, slot in self.slots.items() if slot.wanted]
+        return [name for name in names if self._is_current(layer, name)]
 
     def _is_current(self, layer: nn.Module | None, adapter: str) -> bool:
         """Whether the layer still has the parameters that were attached; if not, they are lost."""
@@ -127,3 +137,9 @@ class LayerObserver:
         self.captures = []
         self.layer = weakref.ref(nn.Module())  # dead
         self.handles = state["handles"]
+
+
+def observer_of(layer: nn.Module) -> LayerObserver | None:
+    """The observer of a LoRA layer, if it has one."""
+    observer: LayerObserver | None = layer.__dict__.get(_ATTRIBUTE)
+    return observer

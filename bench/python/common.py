@@ -27,14 +27,18 @@ def quantile(values: list[float], share: float) -> float:
 def interleaved(
     runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 3
 ) -> dict[str, list[float]]:
-    """Seconds of each run per round, all of them in turn: load on the machine hits all alike."""
+    """Seconds of each run per round, all of them in turn: load on the machine hits all alike.
+
+    On one thread CPU time of the whole process, which the machine's other work does not touch.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warm_up + rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if number >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

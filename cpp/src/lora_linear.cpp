@@ -1,6 +1,7 @@
 #include "ctrlora/lora_linear.h"
 
 #include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
@@ -19,8 +20,22 @@ at::Tensor rows(const at::Tensor& x) {
   return x.reshape({-1, x.size(-1)});
 }
 
-// Saved: rows of the inputs (N, n), a, b in the compute dtype and, with the base inside, its
-// weight.
+// Where to deliver observations, and the layer's inputs as the caller has them: under autocast each
+// layer casts its own copy, and only by the original can layers tell that they share their inputs.
+struct Watch {
+  std::shared_ptr<ObservationSlot> slot;
+  at::Tensor source;
+
+  // Nobody completes what a forward without gradients captures.
+  [[nodiscard]] bool wanted() const { return slot != nullptr && slot->wanted(); }
+};
+
+Watch watch(const std::shared_ptr<ObservationSlot>& slot, const at::Tensor& inputs) {
+  return {at::GradMode::is_enabled() ? slot : nullptr, inputs};
+}
+
+// Saved: the inputs, a, b and, with the base inside, its weight. Nothing computed from them, so
+// that a backward which is itself differentiated reaches them all.
 struct LoraFunction : torch::autograd::Function<LoraFunction> {
   // Without a weight, base_or_bias is the base's output; else its bias, if it has one. Optionals,
   // not undefined tensors: the node reads dtype and device of every tensor it is given.
@@ -31,7 +46,7 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
                             const std::optional<at::Tensor>& frozen_weight,
                             const std::optional<at::Tensor>& base_or_bias,
                             double scaling,
-                            const std::shared_ptr<ObservationSlot>& slot) {
+                            const Watch& watch) {
     const at::Tensor weight = frozen_weight.value_or(at::Tensor());
     const at::Tensor base = weight.defined() ? at::Tensor() : *base_or_bias;
     const at::ScalarType dtype = inputs.scalar_type();
@@ -40,8 +55,8 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     const at::Tensor b_cast = b.to(dtype);
     at::Tensor y = weight.defined() ? at::linear(x, weight, base_or_bias) : rows(base).clone();
     std::shared_ptr<Capture> capture;
-    if (slot != nullptr && slot->wanted()) {
-      capture = slot->capture(inputs, y);
+    if (watch.wanted()) {
+      capture = watch.slot->capture(watch.source, y);
     }
     const at::Tensor z = at::mm(x, a_cast.t());
     if (y.scalar_type() == dtype) {
@@ -49,9 +64,8 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     } else {
       y.add_(at::mm(z, b_cast.t()), scaling);
     }
-    ctx->save_for_backward({x, weight, a, b});
+    ctx->save_for_backward({inputs, weight, a, b});
     ctx->saved_data["scaling"] = scaling;
-    ctx->saved_data["sizes"] = inputs.sizes();
     if (capture != nullptr) {
       ctx->saved_data["capture"] =
           c10::IValue::make_capsule(c10::make_intrusive<CaptureHolder>(capture));
@@ -63,29 +77,36 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor& x = saved[0];
+    const at::Tensor x = rows(saved[0]);
     const at::Tensor& weight = saved[1];
     const double scaling = ctx->saved_data["scaling"].toDouble();
     const auto capture = ctx->saved_data.find("capture");
     if (capture != ctx->saved_data.end()) {
       static_cast<CaptureHolder*>(capture->second.toCapsule().get())->capture->complete(grads[0]);
     }
-    const at::Tensor g_out = rows(grads[0]);
-    const at::Tensor g = g_out.to(x.scalar_type());
+    const bool for_inputs = ctx->needs_input_grad(0);
+    const bool for_a = ctx->needs_input_grad(1);
+    const at::Tensor g = rows(grads[0]).to(x.scalar_type());
     const at::Tensor a = saved[2].to(x.scalar_type());
-    const at::Tensor b = saved[3].to(x.scalar_type());
-    const at::Tensor gz = at::mm(g, b) * scaling;
+    at::Tensor gz;
+    if (for_inputs || for_a) {
+      gz = at::mm(g, saved[3].to(x.scalar_type())) * scaling;
+    }
 
     variable_list out(7);
-    if (ctx->needs_input_grad(0)) {
+    if (for_inputs) {
       at::Tensor gx = weight.defined() ? at::mm(g, weight).addmm_(gz, a) : at::mm(gz, a);
-      out[0] = gx.view(ctx->saved_data["sizes"].toIntVector());
+      out[0] = gx.view(saved[0].sizes());
     }
     if (!weight.defined() && ctx->needs_input_grad(3)) {  // absent optionals have no edge
       out[4] = grads[0];
     }
-    out[1] = at::mm(gz.t(), x).to(saved[2].scalar_type());
-    out[2] = (at::mm(g.t(), at::mm(x, a.t())) * scaling).to(saved[3].scalar_type());
+    if (for_a) {
+      out[1] = at::mm(gz.t(), x).to(saved[2].scalar_type());
+    }
+    if (ctx->needs_input_grad(2)) {
+      out[2] = (at::mm(g.t(), at::mm(x, a.t())) * scaling).to(saved[3].scalar_type());
+    }
     return out;
   }
 
@@ -139,9 +160,10 @@ at::Tensor lora_linear(const at::Tensor& inputs,
     const at::Tensor cast_weight = at::autocast::cached_cast(dtype, frozen, device);
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     return LoraFunction::apply(cast_inputs, a, b, given(cast_weight), given(cast_bias), scaling,
-                               slot);
+                               watch(slot, inputs));
   }
-  return LoraFunction::apply(inputs, a, b, given(frozen), given(frozen_bias), scaling, slot);
+  return LoraFunction::apply(inputs, a, b, given(frozen), given(frozen_bias), scaling,
+                             watch(slot, inputs));
 }
 
 at::Tensor lora_delta(const at::Tensor& inputs,
@@ -153,7 +175,7 @@ at::Tensor lora_delta(const at::Tensor& inputs,
   check_shapes("ctrlora::lora_delta", inputs, a, b, inputs.size(-1), base_output.size(-1));
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return LoraFunction::apply(inputs.to(base_output.scalar_type()), a, b, given({}),
-                             given(base_output), scaling, slot);
+                             given(base_output), scaling, watch(slot, inputs));
 }
 
 }  // namespace ctrlora

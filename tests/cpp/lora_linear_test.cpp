@@ -252,6 +252,57 @@ TEST_CASE("layers that receive one tensor share its rows") {
   CHECK(first.sink->seen[0].inputs.is_same(first.sink->seen[1].inputs));
 }
 
+TEST_CASE(
+    "layers that receive one tensor share its rows under autocast, where each casts its own") {
+  at::manual_seed(9);
+  const Layer q = Layer::random(at::kFloat, at::kFloat), k = Layer::random(at::kFloat, at::kFloat);
+  Watched first, second;
+  second.slot->connect(first.sink, 1);
+  const at::Tensor x = randn({2, 7, kIn}, at::kFloat);
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+  const at::Tensor y = lora_linear(x, q.weight, q.bias, q.a, q.b, kScaling, first.slot, false) +
+                       lora_linear(x, k.weight, k.bias, k.a, k.b, kScaling, second.slot, false);
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  at::autocast::clear_cache();
+  y.sum().backward();
+  REQUIRE(first.sink->seen.size() == 2);
+  CHECK(first.sink->seen[0].inputs.is_same(first.sink->seen[1].inputs));
+  CHECK(same_bits(first.sink->seen[0].inputs, x.view({14, kIn})));
+}
+
+TEST_CASE("a half that asks for no gradient gets none") {
+  at::manual_seed(11);
+  const Layer own = Layer::random();
+  const at::Tensor x = randn({6, kIn}).requires_grad_();
+  for (const bool train_a : {true, false}) {
+    const at::Tensor a = own.a.detach().requires_grad_(train_a);
+    const at::Tensor b = own.b.detach().requires_grad_(!train_a);
+    const at::Tensor y =
+        lora_linear(x, own.weight, own.bias, a, b, kScaling, nullptr, false).square().sum();
+    y.backward();
+    CHECK(a.grad().defined() == train_a);
+    CHECK(b.grad().defined() == !train_a);
+  }
+}
+
+TEST_CASE("a backward that is differentiated again reaches inputs and both halves") {
+  at::manual_seed(12);
+  const Layer own = Layer::random();
+  const at::Tensor x = randn({2, 3, kIn}).requires_grad_();
+  const auto penalty = [&](const at::Tensor& y) {
+    const at::Tensor slope =
+        torch::autograd::grad({y.square().sum()}, {own.a}, {}, std::nullopt, true)[0];
+    return torch::autograd::grad({slope.square().sum()}, {x, own.a, own.b});
+  };
+  const auto fused =
+      penalty(lora_linear(x, own.weight, own.bias, own.a, own.b, kScaling, nullptr, false));
+  const auto reference = penalty(plain(x, own));
+  for (size_t i = 0; i < fused.size(); ++i) {
+    CHECK(error(fused[i], reference[i]) < 1e-12);
+  }
+}
+
 TEST_CASE("shapes that do not fit are refused by name") {
   const Layer own = Layer::random();
   const at::Tensor x = randn({6, kIn});
