@@ -306,6 +306,20 @@ def test_saved_loaded_and_merged_by_peft(model, x, net, tmp_path):
     torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo
+def test_a_compiled_model_is_observed_once(model, x):
+    fuse(model)
+    attachment = attach(model)
+    opt = CTROptimizer(model.parameters(), factor_warmup_steps=1000)
+    compiled = torch.compile(model, backend="eager")
+    for passes in (1, 2):
+        compiled(x).square().sum().backward()
+        assert counts(attachment) == [passes] * 3
+        opt.step()
+        opt.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward mode
 def test_compiled_and_transformed_models_are_pefts(model, x):
     expected = model(x)
     fuse(model)
