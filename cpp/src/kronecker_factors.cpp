@@ -41,6 +41,8 @@ KroneckerFactors KroneckerFactors::slice(int64_t begin, int64_t end) const {
   return view;
 }
 
+// Writes through the tensors, so it changes this object although no member is replaced.
+// NOLINTNEXTLINE(readability-make-member-function-const)
 void KroneckerFactors::assign(const KroneckerFactors& other) {
   const auto from = other.named_tensors();
   const auto to = named_tensors();

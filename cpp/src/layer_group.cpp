@@ -22,7 +22,6 @@
 namespace ctrlora {
 
 using detail::as_column;
-using detail::select_layers;
 
 namespace {
 
