@@ -9,11 +9,19 @@ namespace py = pybind11;
 namespace ctrlora {
 
 void bind_engine(py::module_& m) {
+  py::enum_<StepVerdict>(m, "StepVerdict", "What a checked step deserves.")
+      .value("accept", StepVerdict::kAccept)
+      .value("reject", StepVerdict::kReject)
+      .value("invalid", StepVerdict::kInvalid);
   py::class_<Engine>(m, "Engine", "All layers, one step.")
       .def(py::init<const Options&>(), py::arg("options"))
       .def("add_pairs", wrapped(&Engine::add_pairs), py::arg("pairs"), py::arg("group"))
       .def("add_fallback", wrapped(&Engine::add_fallback), py::arg("params"), py::arg("group"))
       .def("step", wrapped(&Engine::step), py::arg("settings"))
+      .def("ratio_due", &Engine::ratio_due)
+      .def("begin_trial", wrapped(&Engine::begin_trial))
+      .def("end_trial", wrapped(&Engine::end_trial), py::arg("before"), py::arg("after"))
+      .def("observe", wrapped(&Engine::observe), py::arg("on"))
       .def("set_loss_scale", wrapped(&Engine::set_loss_scale), py::arg("loss_scale"))
       .def(
           "set_processes",

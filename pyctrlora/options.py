@@ -40,7 +40,15 @@ class EngineOptions(TypedDict, total=False):
             lr above the best one trains equally well.
         rms_beta: EMA weight of the raw direction's squared length, in [0, 1). Default 0.95.
         step_length: "rms" (default): steps shrink where gradients are noise; "radius": every step
-            fills the output ball.
+            fills the output ball; "newton": to the minimum of the curvature model along the
+            direction, at most as far as "radius"; natural with whitening 1; needs a mean loss.
+        curvature_decay: decoupled decay by curvature, >= 0: A and B also move by -lr *
+            curvature_decay times the gradient of s^2 tr(PQ) / 2, stronger where the loss bends
+            more. Default 0: none.
+        ratio_every: steps between two that are checked by a second evaluation of the loss on their
+            own batch, >= 0: radii follow the ratio of actual to predicted decrease, and a step that
+            raises the loss is taken back. Needs `step(closure)` or `step(loss=...)`. Default 0:
+            never.
         overlap: where factors are refreshed: "inline", "thread" (a worker thread), "stream" (a side
             stream of the device) or "auto" (default): "stream" on devices, "inline" on CPUs.
         max_staleness: steps that a refresh beside training may lag, 0 or 1 (default, which keeps a
@@ -66,7 +74,9 @@ class EngineOptions(TypedDict, total=False):
     gram_floor: float
     kl_radius: float
     rms_beta: float
-    step_length: Literal["rms", "radius"]
+    step_length: Literal["rms", "radius", "newton"]
+    curvature_decay: float
+    ratio_every: int
     overlap: Literal["inline", "thread", "stream", "auto"]
     max_staleness: Literal[0, 1]
     balance_every: int

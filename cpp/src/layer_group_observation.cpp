@@ -34,6 +34,18 @@ void LayerGroup::want() {
   }
 }
 
+void LayerGroup::observe_next(bool on) {
+  if (on) {
+    want();
+    return;
+  }
+  for (const auto& slot : slots_) {
+    if (slot != nullptr) {
+      slot->set_wanted(false);
+    }
+  }
+}
+
 void LayerGroup::connect(const std::shared_ptr<LayerGroup>& self) {
   for (int64_t l = 0; l < self->layers(); ++l) {
     if (self->slots_[l] != nullptr) {

@@ -28,7 +28,13 @@ void Options::validate() const {
   CTRLORA_RULE(kWhere, gram_floor, gram_floor > 0.0 && gram_floor < 1.0);
   CTRLORA_RULE(kWhere, kl_radius, kl_radius > 0.0);
   CTRLORA_RULE(kWhere, rms_beta, rms_beta >= 0.0 && rms_beta < 1.0);
-  CTRLORA_RULE(kWhere, step_length, step_length == "rms" || step_length == "radius");
+  CTRLORA_RULE(kWhere, step_length,
+               step_length == "rms" || step_length == "radius" || step_length == "newton");
+  CTRLORA_CHECK(step_length != "newton" || loss_reduction == "mean", kWhere,
+                ": expected a mean loss for step_length = newton; got loss_reduction = ",
+                loss_reduction, ". Remedy: average the loss, or step_length = rms.");
+  CTRLORA_RULE(kWhere, curvature_decay, curvature_decay >= 0.0 && std::isfinite(curvature_decay));
+  CTRLORA_RULE(kWhere, ratio_every, ratio_every >= 0);
   CTRLORA_RULE(
       kWhere, overlap,
       overlap == "inline" || overlap == "thread" || overlap == "stream" || overlap == "auto");
@@ -42,6 +48,7 @@ void GroupSettings::validate() const {
   constexpr const char* kWhere = "ctrlora::GroupSettings";
   CTRLORA_RULE(kWhere, lr, lr >= 0.0 && std::isfinite(lr));
   CTRLORA_RULE(kWhere, initial_lr, initial_lr >= 0.0 && std::isfinite(initial_lr));
+  CTRLORA_RULE(kWhere, radius_factor, radius_factor > 0.0 && std::isfinite(radius_factor));
   CTRLORA_RULE(kWhere, weight_decay, weight_decay >= 0.0 && std::isfinite(weight_decay));
   CTRLORA_RULE(kWhere, beta1, beta1 >= 0.0 && beta1 < 1.0);
   CTRLORA_RULE(kWhere, beta2, beta2 >= 0.0 && beta2 < 1.0);

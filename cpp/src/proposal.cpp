@@ -1,5 +1,6 @@
 #include "ctrlora/proposal.h"
 
+#include <ATen/ops/minimum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
@@ -39,6 +40,28 @@ Measurement Measurement::cat(const std::vector<Measurement>& parts) {
           parts.front().rounding};
 }
 
+namespace {
+
+// f before the output ball cuts it.
+at::Tensor planned_length(const Measurement& measured,
+                          const Proposal& proposal,
+                          const std::string& step_length) {
+  if (step_length == "rms") {
+    return measured.radius / measured.direction_rms;
+  }
+  const at::Tensor full = measured.radius / proposal.output_norm.c2.clamp_min(0).sqrt();
+  if (step_length == "radius") {
+    return full;
+  }
+  // The minimum of the K-FAC model along the direction. Without curvature (no absolute scale) it is
+  // infinite, and the radius decides.
+  const at::Tensor& curvature = proposal.fisher_norm.c2;
+  const at::Tensor newton = proposal.step.predicted_decrease.clamp_min(0) / curvature;
+  return at::where(curvature > 0, at::minimum(newton, full), full);
+}
+
+}  // namespace
+
 Proposal propose(const Measurement& measured, const Options& options) {
   const detail::NumericsGuard guard;
   const SideProducts input = measured.input.scale_momentum(measured.momentum_factor);
@@ -55,9 +78,7 @@ Proposal propose(const Measurement& measured, const Options& options) {
           .where(measured.absolute);
   out.radius = measured.radius;
   out.momentum_factor = measured.momentum_factor;
-  const at::Tensor size = options.step_length == "radius" ? out.output_norm.c2.clamp_min(0).sqrt()
-                                                          : measured.direction_rms;
-  const at::Tensor planned = measured.radius / size;
+  const at::Tensor planned = planned_length(measured, out, options.step_length);
   const at::Tensor usable = planned.isfinite();
   const at::Tensor zero = at::zeros({}, planned.options());
   out.length = inside_ball(out.output_norm, measured.radius, at::where(usable, planned, zero));

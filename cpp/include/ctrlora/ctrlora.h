@@ -15,6 +15,7 @@
 #include "ctrlora/options.h"            // IWYU pragma: export
 #include "ctrlora/processes.h"          // IWYU pragma: export
 #include "ctrlora/proposal.h"           // IWYU pragma: export
+#include "ctrlora/radius_control.h"     // IWYU pragma: export
 #include "ctrlora/rank_scheduler.h"     // IWYU pragma: export
 #include "ctrlora/side_stream.h"        // IWYU pragma: export
 #include "ctrlora/tangent_step.h"       // IWYU pragma: export

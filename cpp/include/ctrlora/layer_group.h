@@ -60,6 +60,8 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   void observe(int64_t layer, const Observation& observation) override;
   void drop_observations();
   void set_processes(const std::shared_ptr<const Processes>& processes);
+  /// Whether layers ask for observations on this step; off until turned on again or the next step.
+  void observe_next(bool on);
   void set_loss_scale(double loss_scale) { options_.loss_scale = loss_scale; }
 
   // ---- One step, in this order (engine.cpp) ----

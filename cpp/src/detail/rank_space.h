@@ -26,13 +26,15 @@ class RankSpace {
   static std::vector<RankSpace> sort(const std::vector<Member>& members);
   /// Measures all layers and decides direction and length inside the output ball.
   static void propose(std::vector<RankSpace>& spaces, const Options& options);
-  /// Half the squared Fisher norm of all layers at those lengths, as one quartic in a common factor.
-  /// Summed group by group, whatever space a group is in.
+  /// Half the squared Fisher norm of all layers at those lengths, as one quartic in a common
+  /// factor. Summed group by group, whatever space a group is in.
   static Quartic predicted_kl(const std::vector<RankSpace>& spaces);
   /// Largest lr / initial lr of the groups, at most 1.
   [[nodiscard]] double schedule() const;
-  /// Moves the parameters by shrink (1) times the proposed length and ends the groups' step.
+  /// Moves the parameters by shrink (1) times the proposed length.
   void apply(const at::Tensor& shrink) const;
+  /// Ends the groups' step.
+  void finish() const;
 
   /// What the last step did, one number per layer: (L).
   struct Change {
