@@ -27,6 +27,8 @@ void bind_options(py::module_& m) {
       .def_readwrite("step_length", &Options::step_length)
       .def_readwrite("curvature_decay", &Options::curvature_decay)
       .def_readwrite("ratio_every", &Options::ratio_every)
+      .def_readwrite("curvature", &Options::curvature)
+      .def_readwrite("hutchinson_every", &Options::hutchinson_every)
       .def_readwrite("overlap", &Options::overlap)
       .def_readwrite("max_staleness", &Options::max_staleness)
       .def_readwrite("balance_every", &Options::balance_every)

@@ -182,7 +182,8 @@ class CTROptimizer(Reports, torch.optim.Optimizer):
             set_to_none: as in torch.
         """
         super().zero_grad(set_to_none)
-        self._roster.engine.drop_observations()
+        if not self._roster.again:  # else they are those of the step to come
+            self._roster.engine.drop_observations()
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -16,6 +16,12 @@ class EngineOptions(TypedDict, total=False):
     """Settings shared by all layers of one optimizer; `cpp/README.md` holds the equations.
 
     Attributes:
+        curvature: "kfac" (default): from observed layers; "gradient": from the adapters' gradients
+            alone, nothing is observed; "hutchinson": the direction is that of whitening 0, and the
+            Fisher ball is measured by the traces of `hutchinson_every`.
+        hutchinson_every: steps between two probes of the Hessian's trace, one number a layer, by
+            two more evaluations of `step`'s closure, >= 0. `report()["curvature"]` compares them
+            with the factors. Default 0: none.
         sketch_rank: eigenpairs kept per Kronecker factor, >= 1. Default 16: a third of AdamW's
             state, and close to dense factors.
         sample_rows: rows (tokens) of one backward that enter a factor, >= 1. Default 256:
@@ -59,6 +65,8 @@ class EngineOptions(TypedDict, total=False):
         seed: of the row sampler and the first bases, >= 0. Default 0.
     """
 
+    curvature: Literal["kfac", "gradient", "hutchinson"]
+    hutchinson_every: int
     sketch_rank: int
     sample_rows: int
     factor_every: int

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyctrlora import _C
 from pyctrlora.param_groups import settings_of
 
 if TYPE_CHECKING:
@@ -45,20 +46,23 @@ def take_step(
     engine = roster.engine
     params = [p for group in param_groups for p in group["params"]]
     checked = engine.ratio_due() and not (closure is None and loss is None)
-    random = RandomState(params) if checked else None
+    probed = closure is not None and engine.probe_due()
+    random = RandomState(params) if checked or probed else None
     value = None
     if closure is not None:
         with torch.enable_grad():
             value = closure()
-    if checked and loss is not None:
-        random = RandomState(params)
     scale = roster.config.get("loss_scale")
     if callable(scale):
         engine.set_loss_scale(scale())
     roster.adopt_thawed()
     roster.before_step()
+    if probed and closure is not None and random is not None:
+        _probe(roster, random, params, closure)
+    if loss is not None and checked:
+        random = RandomState(params)
     settings = [settings_of(group) for group in param_groups]
-    if random is None:
+    if not checked or random is None:
         engine.step(settings)
         return value
     again = closure if loss is None else loss
@@ -75,6 +79,22 @@ def _number(loss: Any) -> float:
     return float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
 
 
+def _probe(
+    roster: Roster, random: RandomState, params: list[Tensor], closure: Callable[[], Any]
+) -> None:
+    """One Hutchinson probe of all layers by two more evaluations of the closure."""
+    engine = roster.engine
+    pairs = [pair for _, pair in roster.all_pairs()]
+    probe = _C.HutchinsonProbe(pairs, roster.config.get("seed", 0), engine.steps())
+    try:
+        for sign in (1, -1):
+            probe.shift(sign)
+            _evaluate(roster, random, params, closure, grad=True, then=probe.take)
+    finally:
+        probe.restore()
+    engine.enter_traces({p.name: c for p, c in zip(pairs, probe.traces().tolist(), strict=True)})
+
+
 def _evaluate(
     roster: Roster,
     random: RandomState,
@@ -82,21 +102,26 @@ def _evaluate(
     loss: Callable[[], Any],
     *,
     grad: bool,
+    then: Callable[[], None] = lambda: None,
 ) -> float:
     """The loss with the random numbers of `random`; leaves gradients and observations alone."""
     kept = [p.grad for p in params]
+    roster.again = True
     roster.engine.observe(False)
     try:
         with random.again(), torch.set_grad_enabled(grad):
             if grad:  # the closure writes gradients of its own
                 for p in params:
                     p.grad = None
-            return _number(loss())
+            value = _number(loss())
+            then()
+            return value
     finally:
         if grad:
             for p, own in zip(params, kept, strict=True):
                 p.grad = own
         roster.engine.observe(True)
+        roster.again = False
 
 
 class RandomState:

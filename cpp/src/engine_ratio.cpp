@@ -1,6 +1,8 @@
 // The engine's part in the ratio test: cpp/README.md, section 4.
 #include <ATen/ops/tensor.h>
 
+#include <limits>
+
 #include "ctrlora/engine.h"
 #include "detail/check.h"
 #include "detail/fallback.h"
@@ -75,6 +77,39 @@ StepVerdict Engine::end_trial(double before, double after) {
     radius_ = learned;
   }
   return verdict;
+}
+
+bool Engine::probe_due() const {
+  return options_.hutchinson_every > 0 && steps_ % options_.hutchinson_every == 0;
+}
+
+void Engine::enter_traces(const std::map<std::string, double>& traces) {
+  const detail::NumericsGuard guard;
+  for (const auto& group : groups_) {
+    group->bind();
+    std::vector<double> own;
+    for (const LoraPair& pair : group->pairs()) {
+      const auto found = traces.find(pair.name);
+      own.push_back(found == traces.end() ? std::numeric_limits<double>::quiet_NaN()
+                                          : found->second);
+    }
+    group->enter_traces(at::tensor(own, at::kDouble));
+  }
+}
+
+std::map<std::string, std::pair<double, double>> Engine::curvature() const {
+  const detail::NumericsGuard guard;
+  join_refreshes();
+  std::map<std::string, std::pair<double, double>> out;
+  for (const auto& group : groups_) {
+    const LayerGroup::Curvature own = group->curvature();
+    const at::Tensor traces = own.hutchinson.to(at::kCPU), kfac = own.kfac.to(at::kCPU);
+    for (int64_t l = 0; l < group->layers(); ++l) {
+      out[group->pairs()[static_cast<size_t>(l)].name] = {traces.const_data_ptr<double>()[l],
+                                                          kfac.const_data_ptr<double>()[l]};
+    }
+  }
+  return out;
 }
 
 void Engine::observe(bool on) {

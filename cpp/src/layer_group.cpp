@@ -54,7 +54,10 @@ LayerGroup::LayerGroup(std::vector<LoraPair> pairs,
       parameters_(std::make_unique<detail::ParameterSlabs>(pairs_)),
       observations_(std::make_unique<detail::PendingObservations>(layers(), options_)) {
   for (const LoraPair& pair : pairs_) {
-    slots_.push_back(find_slot(pair.a));
+    slots_.push_back(options_.curvature == "gradient" ? nullptr : find_slot(pair.a));
+  }
+  if (options_.curvature == "hutchinson") {
+    options_.whitening = 0.0;
   }
   const at::Tensor& a = pairs_.front().a;
   const int64_t count = layers();
@@ -66,6 +69,8 @@ LayerGroup::LayerGroup(std::vector<LoraPair> pairs,
   momentum_weight_ = at::zeros({count}, small);
   rms_square_ = at::zeros({count}, small);
   rms_weight_ = at::zeros({count}, small);
+  trace_sum_ = at::zeros({count}, small);
+  trace_weight_ = at::zeros({count}, small);
   std::vector<double> scaling;
   scaling.reserve(pairs_.size());
   for (const LoraPair& pair : pairs_) {
@@ -109,9 +114,9 @@ void LayerGroup::bind() {
 void LayerGroup::move_state(const at::TensorOptions& options) {
   momentum_a_ = momentum_a_.to(options);
   momentum_b_ = momentum_b_.to(options);
-  for (at::Tensor* tensor :
-       {&momentum_weight_, &rms_square_, &rms_weight_, &scaling_, &active_, &grad_ok_, &misses_,
-        &skipped_, &input_.ww, &input_.uw, &output_.ww, &output_.uw}) {
+  for (at::Tensor* tensor : {&momentum_weight_, &rms_square_, &rms_weight_, &trace_sum_,
+                             &trace_weight_, &scaling_, &active_, &grad_ok_, &misses_, &skipped_,
+                             &input_.ww, &input_.uw, &output_.ww, &output_.uw}) {
     *tensor = tensor->to(options.device());
   }
   factors_.to(options);
@@ -165,6 +170,7 @@ Measurement LayerGroup::measurement(Range range,
   out.live = part(grad_ok_);
   out.absolute = part(factors_.absolute);
   out.radius = out.direction_rms = out.momentum_factor = at::ones_like(out.scaling);
+  out.isotropic = part(trace_sum_ / trace_weight_.clamp_min(1e-300)).clamp_min(0);
   out.rounding = rounding();
   return out;
 }
@@ -274,6 +280,8 @@ std::vector<std::pair<std::string, at::Tensor>> LayerGroup::named_tensors() cons
                                                          {"momentum_weight", momentum_weight_},
                                                          {"rms_square", rms_square_},
                                                          {"rms_weight", rms_weight_},
+                                                         {"trace_sum", trace_sum_},
+                                                         {"trace_weight", trace_weight_},
                                                          {"active", active_},
                                                          {"misses", misses_},
                                                          {"skipped", skipped_},

@@ -13,6 +13,12 @@ namespace ctrlora {
 
 void Options::validate() const {
   constexpr const char* kWhere = "ctrlora::Options";
+  CTRLORA_RULE(kWhere, curvature,
+               curvature == "kfac" || curvature == "gradient" || curvature == "hutchinson");
+  CTRLORA_RULE(kWhere, hutchinson_every, hutchinson_every >= 0);
+  CTRLORA_CHECK(curvature != "hutchinson" || hutchinson_every > 0, kWhere,
+                ": expected hutchinson_every > 0 for curvature = hutchinson; got ",
+                hutchinson_every, ". Remedy: hutchinson_every = 10, say.");
   CTRLORA_RULE(kWhere, sketch_rank, sketch_rank >= 1);
   CTRLORA_RULE(kWhere, sample_rows, sample_rows >= 1);
   CTRLORA_RULE(kWhere, factor_every, factor_every >= 1);

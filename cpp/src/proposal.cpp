@@ -37,6 +37,7 @@ Measurement Measurement::cat(const std::vector<Measurement>& parts) {
           joined(&Measurement::direction_rms),
           joined(&Measurement::live),
           joined(&Measurement::absolute),
+          joined(&Measurement::isotropic),
           parts.front().rounding};
 }
 
@@ -76,6 +77,11 @@ Proposal propose(const Measurement& measured, const Options& options) {
   out.fisher_norm =
       squared_norm(input_omega, out.output_grams.in(measured.output_metric.plain), measured.scaling)
           .where(measured.absolute);
+  if (options.curvature == "hutchinson") {
+    const Quartic plain = squared_norm(out.input_grams, out.output_grams, measured.scaling);
+    const at::Tensor& c = measured.isotropic;
+    out.fisher_norm = {c * plain.c2, c * plain.c3, c * plain.c4};
+  }
   out.radius = measured.radius;
   out.momentum_factor = measured.momentum_factor;
   const at::Tensor planned = planned_length(measured, out, options.step_length);

@@ -93,6 +93,8 @@ TEST_CASE("the defaults are those of the documentation and are valid") {
   CHECK(options.step_length == "rms");
   CHECK(options.curvature_decay == 0.0);
   CHECK(options.ratio_every == 0);
+  CHECK(options.curvature == "kfac");
+  CHECK(options.hutchinson_every == 0);
   CHECK(options.overlap == "auto");
   CHECK(options.max_staleness == 1);
   CHECK(options.balance_every == 100);
@@ -112,6 +114,7 @@ TEST_CASE("whole-number options name themselves, their value and their rule") {
                "loss_terms >= kLossTermsSequences");
   check_option(&Options::balance_every, "balance_every", 1, "balance_every >= 1");
   check_option(&Options::ratio_every, "ratio_every", 0, "ratio_every >= 0");
+  check_option(&Options::hutchinson_every, "hutchinson_every", 0, "hutchinson_every >= 0");
   check_option(&Options::max_misses, "max_misses", 1, "max_misses >= 1");
 }
 

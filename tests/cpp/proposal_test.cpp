@@ -55,6 +55,7 @@ struct Layers {
     measured.direction_rms = at::rand({layers}, at::kDouble) + 0.1;
     measured.live = at::ones({layers}, at::kBool);
     measured.absolute = at::ones({layers}, at::kBool);
+    measured.isotropic = at::rand({layers}, at::kDouble);
     measured.rounding = 1e-16;
   }
 

@@ -20,6 +20,15 @@ inline constexpr int64_t kLossTermsSequences = -1;
 struct CTRLORA_API Options {
   // ---- Curvature (cpp/README.md, section 2) ----
 
+  /// What the metric is made of. "kfac": observed factors; "gradient": factors from the adapters'
+  /// gradients alone, nothing is observed; "hutchinson": the direction is that of whitening 0, and
+  /// the Fisher ball is measured by c I with c from the traces of hutchinson_every.
+  std::string curvature = "kfac";
+
+  /// Steps between two probes of the Hessian's traces through the closure, >= 0; 0: none. A probe
+  /// costs two evaluations of the closure.
+  int64_t hutchinson_every = 0;
+
   /// Eigenpairs kept per Kronecker factor, k >= 1; capped at the factor's size. 16 loses 0.03 nats
   /// against dense factors and costs a third of AdamW's state [M].
   int64_t sketch_rank = 16;
