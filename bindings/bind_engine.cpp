@@ -3,17 +3,40 @@
 #include "bindings.h"
 
 #include "ctrlora/engine.h"
+#include "ctrlora/hutchinson.h"
 
 namespace py = pybind11;
 
 namespace ctrlora {
 
 void bind_engine(py::module_& m) {
+  py::enum_<StepVerdict>(m, "StepVerdict", "What a checked step deserves.")
+      .value("accept", StepVerdict::kAccept)
+      .value("reject", StepVerdict::kReject)
+      .value("invalid", StepVerdict::kInvalid);
+  py::class_<HutchinsonProbe>(m, "HutchinsonProbe", "Traces of the Hessian's diagonal blocks.")
+      .def(py::init<std::vector<LoraPair>, uint64_t, uint64_t>(), py::arg("pairs"), py::arg("seed"),
+           py::arg("stream"))
+      .def("shift", wrapped(&HutchinsonProbe::shift), py::arg("sign"))
+      .def("take", wrapped(&HutchinsonProbe::take))
+      .def("differentiate", wrapped(&HutchinsonProbe::differentiate), py::arg("loss"))
+      .def("restore", wrapped(&HutchinsonProbe::restore))
+      .def("traces", wrapped(&HutchinsonProbe::traces))
+      .def("step", &HutchinsonProbe::step)
+      .def("direction_a", &HutchinsonProbe::direction_a, py::arg("layer"))
+      .def("direction_b", &HutchinsonProbe::direction_b, py::arg("layer"));
   py::class_<Engine>(m, "Engine", "All layers, one step.")
       .def(py::init<const Options&>(), py::arg("options"))
       .def("add_pairs", wrapped(&Engine::add_pairs), py::arg("pairs"), py::arg("group"))
       .def("add_fallback", wrapped(&Engine::add_fallback), py::arg("params"), py::arg("group"))
       .def("step", wrapped(&Engine::step), py::arg("settings"))
+      .def("ratio_due", &Engine::ratio_due)
+      .def("begin_trial", wrapped(&Engine::begin_trial))
+      .def("end_trial", wrapped(&Engine::end_trial), py::arg("before"), py::arg("after"))
+      .def("probe_due", &Engine::probe_due)
+      .def("enter_traces", wrapped(&Engine::enter_traces), py::arg("traces"))
+      .def("curvature", wrapped(&Engine::curvature))
+      .def("observe", wrapped(&Engine::observe), py::arg("on"))
       .def("set_loss_scale", wrapped(&Engine::set_loss_scale), py::arg("loss_scale"))
       .def(
           "set_processes",

@@ -17,12 +17,12 @@ from pyctrlora.param_groups import (
     check_fits,
     check_numbers,
     params_of,
-    settings_of,
     warn_unused_lr,
 )
 from pyctrlora.rank_options import make_rank_options
 from pyctrlora.reports import Reports
 from pyctrlora.roster import Roster
+from pyctrlora.stepping import take_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,26 +154,22 @@ class CTROptimizer(Reports, torch.optim.Optimizer):
 
     @_disable_dynamo
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, loss: Callable[[], Any] | None = None
+    ) -> Any:
         """One step from the gradients in `.grad`, which are read and never written.
 
         Args:
-            closure: runs forward and backward once and returns the loss.
+            closure: runs forward and backward once and returns the loss. Where the option
+                `ratio_every` asks for a check it runs again after the step, on the same random
+                numbers; its gradients are thrown away then, and nothing is observed.
+            loss: for such a check without a closure, or cheaper than by it: evaluates the loss of
+                the batch that the gradients came from (under no_grad, before and after the step).
 
         Returns:
-            The closure's loss, or None.
+            The closure's loss (before the step), or None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        scale = self._roster.config.get("loss_scale")
-        if callable(scale):
-            self._roster.engine.set_loss_scale(scale())
-        self._roster.adopt_thawed()
-        self._roster.before_step()
-        self._roster.engine.step([settings_of(group) for group in self.param_groups])
-        return loss
+        return take_step(self._roster, self.param_groups, closure, loss)
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -186,7 +182,8 @@ class CTROptimizer(Reports, torch.optim.Optimizer):
             set_to_none: as in torch.
         """
         super().zero_grad(set_to_none)
-        self._roster.engine.drop_observations()
+        if not self._roster.again:  # else they are those of the step to come
+            self._roster.engine.drop_observations()
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -16,6 +16,12 @@ class EngineOptions(TypedDict, total=False):
     """Settings shared by all layers of one optimizer; `cpp/README.md` holds the equations.
 
     Attributes:
+        curvature: "kfac" (default): from observed layers; "gradient": from the adapters' gradients
+            alone, nothing is observed; "hutchinson": the direction is that of whitening 0, and the
+            Fisher ball is measured by the traces of `hutchinson_every`.
+        hutchinson_every: steps between two probes of the Hessian's trace, one number a layer, by
+            two more evaluations of `step`'s closure, >= 0. `report()["curvature"]` compares them
+            with the factors. Default 0: none.
         sketch_rank: eigenpairs kept per Kronecker factor, >= 1. Default 16: a third of AdamW's
             state, and close to dense factors.
         sample_rows: rows (tokens) of one backward that enter a factor, >= 1. Default 256:
@@ -40,7 +46,15 @@ class EngineOptions(TypedDict, total=False):
             lr above the best one trains equally well.
         rms_beta: EMA weight of the raw direction's squared length, in [0, 1). Default 0.95.
         step_length: "rms" (default): steps shrink where gradients are noise; "radius": every step
-            fills the output ball.
+            fills the output ball; "newton": to the minimum of the curvature model along the
+            direction, at most as far as "radius"; natural with whitening 1; needs a mean loss.
+        curvature_decay: decoupled decay by curvature, >= 0: A and B also move by -lr *
+            curvature_decay times the gradient of s^2 tr(PQ) / 2, stronger where the loss bends
+            more. Default 0: none.
+        ratio_every: steps between two that are checked by a second evaluation of the loss on their
+            own batch, >= 0: radii follow the ratio of actual to predicted decrease, and a step that
+            raises the loss is taken back. Needs `step(closure)` or `step(loss=...)`. Default 0:
+            never.
         overlap: where factors are refreshed: "inline", "thread" (a worker thread), "stream" (a side
             stream of the device) or "auto" (default): "stream" on devices, "inline" on CPUs.
         max_staleness: steps that a refresh beside training may lag, 0 or 1 (default, which keeps a
@@ -51,6 +65,8 @@ class EngineOptions(TypedDict, total=False):
         seed: of the row sampler and the first bases, >= 0. Default 0.
     """
 
+    curvature: Literal["kfac", "gradient", "hutchinson"]
+    hutchinson_every: int
     sketch_rank: int
     sample_rows: int
     factor_every: int
@@ -66,7 +82,9 @@ class EngineOptions(TypedDict, total=False):
     gram_floor: float
     kl_radius: float
     rms_beta: float
-    step_length: Literal["rms", "radius"]
+    step_length: Literal["rms", "radius", "newton"]
+    curvature_decay: float
+    ratio_every: int
     overlap: Literal["inline", "thread", "stream", "auto"]
     max_staleness: Literal[0, 1]
     balance_every: int

@@ -20,6 +20,8 @@ def report(roster: Roster, metrics: dict[str, float], ranks: dict[str, int]) -> 
 
     Returns:
         "metrics"; "ranks" and "allocated": by layer; "parameters": those of the active directions;
+        "curvature": by layer, the mean curvature c of M = c I that the adapter sees, from
+        Hutchinson's traces (NaN without) and from the factors: a cross-check;
         "budget": None without one; "events": one dict a layer and event (step, layer, from, to,
         utility); "history": {"steps": [...], "ranks": {layer: [...]}, "parameters": [...]} after
         the start and after each event; "training": {"steps": [...], name: [...]} of the steps that
@@ -51,6 +53,10 @@ def report(roster: Roster, metrics: dict[str, float], ranks: dict[str, int]) -> 
         "allocated": {pair.name: pair.a.shape[0] for pair in pairs},
         "parameters": sum(cost[name] * rank for name, rank in ranks.items()),
         "budget": None if roster.rank_options is None else roster.rank_options.budget,
+        "curvature": {
+            name: {"hutchinson": probed, "kfac": factors}
+            for name, (probed, factors) in engine.curvature().items()
+        },
         "events": events,
         "history": {
             "steps": [step for step, _ in rows],

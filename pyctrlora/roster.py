@@ -37,6 +37,7 @@ class Roster:
         rank_calls: how many calls of `pairs` those are.
         records: metrics of steps that the user asked to keep.
         frozen: parameters it has not got yet: frozen ones would only cost memory.
+        again: whether the loss is being evaluated a second time, which leaves no trace.
         process_group: who trains this model together; see `pyctrlora.processes`.
     """
 
@@ -54,6 +55,7 @@ class Roster:
         self.rank_calls = 0
         self.records: list[dict[str, float]] = []
         self.process_group = process_group
+        self.again = False
         self.token = object()
         self._joined: Any = None  # the group that the engine adds up over
         self._agreed = 0  # pairs that all processes were found to have

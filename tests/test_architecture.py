@@ -48,6 +48,10 @@ FORBIDDEN_INCLUDES = {
 MAY_SYNC = {
     "ctrlora::Engine::metrics": "reading metrics is the documented sync",
     "ctrlora::Engine::load": "restores a checkpoint",
+    "ctrlora::Engine::end_trial": "a checked step compares two losses; off by default",
+    "ctrlora::CTROptimizer::check_step": "the same",
+    "ctrlora::HutchinsonProbe::HutchinsonProbe": "a probe reads one number; off by default",
+    "ctrlora::HutchinsonProbe::traces": "the same",
     "ctrlora::TrustRegionSubproblem::solve": "a value type for use alone; no step calls it",
 }
 SYNC = re.compile(r"\.item\b|_local_scalar_dense")

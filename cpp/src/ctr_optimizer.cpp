@@ -14,6 +14,7 @@
 
 #include "ctrlora/lora_pair.h"
 #include "detail/check.h"
+#include "detail/random_state.h"
 
 namespace ctrlora {
 
@@ -197,8 +198,43 @@ void CTROptimizer::adopt_thawed() {
   }
 }
 
+// The closure once more after the step, with the random numbers of the first time. Gradients,
+// generators and observations are as if it had not run.
+void CTROptimizer::check_step(const at::Tensor& before,
+                              const LossClosure& closure,
+                              const std::vector<at::Tensor>& params,
+                              const detail::RandomState& random) {
+  std::vector<at::Tensor> grads;
+  for (const at::Tensor& param : params) {
+    grads.push_back(param.grad());
+    param.mutable_grad() = at::Tensor();
+  }
+  const detail::RandomState now(params);
+  random.set();
+  engine_->observe(false);
+  at::Tensor after;
+  {
+    const at::AutoGradMode with_gradients(true);
+    after = closure().detach();
+  }
+  engine_->observe(true);
+  now.set();
+  for (size_t i = 0; i < params.size(); ++i) {
+    params[i].mutable_grad() = grads[i];
+  }
+  engine_->end_trial(before.item<double>(), after.item<double>());
+}
+
 at::Tensor CTROptimizer::step(LossClosure closure) {
   at::Tensor loss;
+  std::vector<at::Tensor> params;
+  std::unique_ptr<detail::RandomState> random;
+  if (closure && engine_->ratio_due()) {
+    for (const auto& group : param_groups_) {
+      params.insert(params.end(), group.params().begin(), group.params().end());
+    }
+    random = std::make_unique<detail::RandomState>(params);
+  }
   if (closure) {
     const at::AutoGradMode with_gradients(true);
     loss = closure();
@@ -211,7 +247,13 @@ at::Tensor CTROptimizer::step(LossClosure closure) {
     options.first_lr_ = options.first_lr_ == 0.0 ? options.lr() : options.first_lr_;
     settings.push_back(options.settings());
   }
+  if (random == nullptr) {
+    engine_->step(settings);
+    return loss;
+  }
+  engine_->begin_trial();
   engine_->step(settings);
+  check_step(loss, closure, params, *random);
   return loss;
 }
 

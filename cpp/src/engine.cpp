@@ -2,6 +2,7 @@
 
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -16,6 +17,7 @@
 #include "detail/rank_control.h"
 #include "detail/rank_space.h"
 #include "detail/tensor_math.h"
+#include "detail/trial.h"
 
 namespace ctrlora {
 
@@ -86,7 +88,8 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
   std::vector<detail::RankSpace::Member> moving;
   join_refreshes();
   for (const auto& group : groups_) {
-    const GroupSettings& own = *by_group[static_cast<size_t>(group->group())];
+    GroupSettings own = *by_group[static_cast<size_t>(group->group())];
+    own.radius_factor *= radius_.factor;
     if (own.lr == 0.0) {
       group->drop_observations();
       continue;
@@ -103,6 +106,12 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
     for (const detail::RankSpace& space : report_->spaces) {
       space.apply(report_->shrink);
     }
+    if (trial_ != nullptr) {  // before the gauge changes
+      trial_->add_decrease(0, paired_parameters());
+    }
+    for (const detail::RankSpace& space : report_->spaces) {
+      space.finish();
+    }
     ++steps_;
     sampler_->set_step(steps_);
     if (rank_control_ != nullptr) {
@@ -116,6 +125,9 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
     if (by_group[static_cast<size_t>(fallback->group())]->lr != 0.0) {
       fallback->step(fallback_settings(*fallback, by_group), options_.maximize);
     }
+  }
+  if (trial_ != nullptr) {
+    trial_->add_decrease(paired_parameters(), all_parameters().size());
   }
 }
 
@@ -136,7 +148,7 @@ void Engine::fisher_ball() {
   }
   const Quartic kl = detail::RankSpace::predicted_kl(report_->spaces);
   const at::Tensor one = at::ones({1}, kl.c2.options());
-  report_->kl_radius = options_.kl_radius * ratio * ratio;
+  report_->kl_radius = options_.kl_radius * ratio * ratio * radius_.factor * radius_.factor;
   report_->predicted_kl = kl(one);
   report_->shrink =
       std::isinf(options_.kl_radius)
@@ -239,6 +251,11 @@ std::map<std::string, double> Engine::metrics() const {
     out["captured_input"] = captured_input / static_cast<double>(layers);
     out["captured_output"] = captured_output / static_cast<double>(layers);
   }
+  if (options_.ratio_every > 0) {
+    out["radius_factor"] = radius_.factor;
+    out["ratio"] = radius_.ratio;
+    out["rejected"] = static_cast<double>(radius_.rejected);
+  }
   if (report_->shrink.defined()) {
     out["predicted_kl"] = report_->predicted_kl.item<double>();
     out["kl_radius"] = report_->kl_radius;
@@ -265,6 +282,9 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
   const auto number = [](int64_t value) { return at::full({1}, value, at::kLong); };
   out.emplace_back("version", number(kStateVersion));
   out.emplace_back("steps", number(steps_));
+  out.emplace_back("radius", at::tensor({radius_.factor, radius_.actual, radius_.predicted,
+                                         static_cast<double>(radius_.rejected)},
+                                        at::kDouble));
   for (size_t i = 0; i < groups_.size(); ++i) {
     const std::string prefix = "group" + std::to_string(i) + ".";
     out.emplace_back(prefix + "age", number(groups_[i]->age()));
@@ -343,6 +363,14 @@ void Engine::load(const std::map<std::string, at::Tensor>& tensors) {
     tensor.copy_(tensors.at(name));
   }
   steps_ = tensors.at("steps").item<int64_t>();
+  const at::Tensor radius = tensors.at("radius").to(at::kCPU, at::kDouble).contiguous();
+  const double* numbers = radius.const_data_ptr<double>();
+  radius_ = RadiusControl();
+  radius_.factor = numbers[0];
+  radius_.actual = numbers[1];
+  radius_.predicted = numbers[2];
+  radius_.ratio = radius_.predicted > 0.0 ? radius_.actual / radius_.predicted : radius_.ratio;
+  radius_.rejected = static_cast<int64_t>(numbers[3]);
   sampler_->set_step(steps_);
   for (size_t i = 0; i < groups_.size(); ++i) {
     groups_[i]->after_load(tensors.at("group" + std::to_string(i) + ".age").item<int64_t>());

@@ -16,6 +16,7 @@
 #include "detail/group_ranks.h"
 #include "detail/parameter_slabs.h"
 #include "detail/pending_observations.h"
+#include "detail/side_move.h"
 #include "detail/tall_skinny.h"
 #include "detail/tensor_math.h"
 
@@ -52,7 +53,10 @@ LayerGroup::LayerGroup(std::vector<LoraPair> pairs,
       parameters_(std::make_unique<detail::ParameterSlabs>(pairs_)),
       observations_(std::make_unique<detail::PendingObservations>(layers(), options_)) {
   for (const LoraPair& pair : pairs_) {
-    slots_.push_back(find_slot(pair.a));
+    slots_.push_back(options_.curvature == "gradient" ? nullptr : find_slot(pair.a));
+  }
+  if (options_.curvature == "hutchinson") {
+    options_.whitening = 0.0;
   }
   const at::Tensor& a = pairs_.front().a;
   const int64_t count = layers();
@@ -64,6 +68,8 @@ LayerGroup::LayerGroup(std::vector<LoraPair> pairs,
   momentum_weight_ = at::zeros({count}, small);
   rms_square_ = at::zeros({count}, small);
   rms_weight_ = at::zeros({count}, small);
+  trace_sum_ = at::zeros({count}, small);
+  trace_weight_ = at::zeros({count}, small);
   std::vector<double> scaling;
   scaling.reserve(pairs_.size());
   for (const LoraPair& pair : pairs_) {
@@ -107,9 +113,9 @@ void LayerGroup::bind() {
 void LayerGroup::move_state(const at::TensorOptions& options) {
   momentum_a_ = momentum_a_.to(options);
   momentum_b_ = momentum_b_.to(options);
-  for (at::Tensor* tensor :
-       {&momentum_weight_, &rms_square_, &rms_weight_, &scaling_, &active_, &grad_ok_, &misses_,
-        &skipped_, &input_.ww, &input_.uw, &output_.ww, &output_.uw}) {
+  for (at::Tensor* tensor : {&momentum_weight_, &rms_square_, &rms_weight_, &trace_sum_,
+                             &trace_weight_, &scaling_, &active_, &grad_ok_, &misses_, &skipped_,
+                             &input_.ww, &input_.uw, &output_.ww, &output_.uw}) {
     *tensor = tensor->to(options.device());
   }
   factors_.to(options);
@@ -163,6 +169,7 @@ Measurement LayerGroup::measurement(Range range,
   out.live = part(grad_ok_);
   out.absolute = part(factors_.absolute);
   out.radius = out.direction_rms = out.momentum_factor = at::ones_like(out.scaling);
+  out.isotropic = part(trace_sum_ / trace_weight_.clamp_min(1e-300)).clamp_min(0);
   out.rounding = rounding();
   return out;
 }
@@ -185,7 +192,7 @@ void LayerGroup::update_rms(const DirectionSquare& direction) {
 Measurement LayerGroup::measure(const GroupSettings& settings) const {
   Measurement out = measurement({0, layers()}, momentum_a_, momentum_b_);
   out.momentum_factor = (options_.maximize ? -1.0 : 1.0) / momentum_weight_.clamp_min(1e-300);
-  out.radius = settings.lr * factors_.base_square.clamp_min(0).sqrt();
+  out.radius = settings.lr * settings.radius_factor * factors_.base_square.clamp_min(0).sqrt();
   out.direction_rms = (rms_square_ / rms_weight_.clamp_min(1e-300)).sqrt();
   if (ranks_ != nullptr && ranks_->phase() != detail::SketchPhase::kNone) {
     ranks_->score(out.input.wm * as_column(out.momentum_factor), grad_ok_);
@@ -197,29 +204,35 @@ void LayerGroup::apply(const Proposal& proposal,
                        const at::Tensor& shrink,
                        const GroupSettings& settings) {
   misses_ = at::where(proposal.live, (misses_ + 1) * proposal.sound.logical_not(), misses_);
-  const at::Tensor f = as_column(proposal.length * shrink);
+  const at::Tensor f = proposal.length * shrink;
   // As in AdamW, a parameter without a gradient does not decay.
+  const at::Tensor moves = proposal.live.logical_and(proposal.sound);
   const at::Tensor one = at::ones({}, f.options());
-  const at::Tensor decay =
-      as_column(at::where(proposal.live.logical_and(proposal.sound),
-                          one * (1 - settings.lr * settings.weight_decay), one));
+  const at::Tensor keep =
+      as_column(at::where(moves, one * (1 - settings.lr * settings.weight_decay), one));
   const at::Tensor identity = at::eye(parameters_->a().size(1), f.options());
-  const at::Tensor momentum_f = f * as_column(proposal.momentum_factor);
-  const auto move = [&](const SideStep& step, const PlainStepGrams& grams, const SideProducts& kept,
-                        const at::Tensor& weight, const at::Tensor& momentum,
-                        const at::Tensor& basis) {
-    detail::tall_combine({{weight, decay * identity + step.weight * f},
-                          {momentum, step.momentum * momentum_f},
-                          {basis, step.basis * f}});
-    // W <- decay W + f delta, carried over to W^T W and U^T W.
-    kept.ww.copy_(decay.square() * grams.ww + decay * f * (grams.wd + grams.wd.mT()) +
-                  f.square() * grams.dd);
-    kept.uw.copy_(decay * grams.uw + f * grams.ud);
+  using detail::SideMove;
+  SideMove b =
+      SideMove::scaled(proposal.step.b, proposal.output_grams, f, proposal.momentum_factor);
+  SideMove a = SideMove::scaled(proposal.step.a, proposal.input_grams, f, proposal.momentum_factor);
+  if (options_.curvature_decay > 0.0) {
+    const at::Tensor p = weighted_gram(output_metric_.whiten, output_.uw, output_.ww);
+    const at::Tensor q = weighted_gram(input_metric_.whiten, input_.uw, input_.ww);
+    const at::Tensor rate =
+        at::where(moves, one * (settings.lr * options_.curvature_decay), at::zeros_like(one));
+    b.decay(output_metric_.whiten, q, rate, scaling_);
+    a.decay(input_metric_.whiten, p, rate, scaling_);
+  }
+  const auto move = [&](const SideMove& side, const SideProducts& kept, const at::Tensor& weight,
+                        const at::Tensor& momentum, const at::Tensor& basis) {
+    detail::tall_combine({{weight, keep * identity + side.step.weight},
+                          {momentum, side.step.momentum},
+                          {basis, side.step.basis}});
+    kept.ww.copy_(side.carried_ww(keep));
+    kept.uw.copy_(side.carried_uw(keep));
   };
-  move(proposal.step.b, proposal.output_grams, output_, parameters_->b(), momentum_b_,
-       factors_.output.basis());
-  move(proposal.step.a, proposal.input_grams, input_, parameters_->a().mT(), momentum_a_.mT(),
-       factors_.input.basis());
+  move(b, output_, parameters_->b(), momentum_b_, factors_.output.basis());
+  move(a, input_, parameters_->a().mT(), momentum_a_.mT(), factors_.input.basis());
 }
 
 void LayerGroup::finish() {
@@ -266,6 +279,8 @@ std::vector<std::pair<std::string, at::Tensor>> LayerGroup::named_tensors() cons
                                                          {"momentum_weight", momentum_weight_},
                                                          {"rms_square", rms_square_},
                                                          {"rms_weight", rms_weight_},
+                                                         {"trace_sum", trace_sum_},
+                                                         {"trace_weight", trace_weight_},
                                                          {"active", active_},
                                                          {"misses", misses_},
                                                          {"skipped", skipped_},

@@ -1,4 +1,6 @@
 // What a LayerGroup observes: which layers on which step, and how it enters the factors.
+#include <ATen/ops/where.h>
+
 #include "ctrlora/layer_group.h"
 #include "detail/group_ranks.h"
 #include "detail/parameter_slabs.h"
@@ -32,6 +34,54 @@ void LayerGroup::want() {
       slots_[l]->set_wanted(l >= range.begin && l < range.end);
     }
   }
+}
+
+void LayerGroup::observe_next(bool on) {
+  if (on) {
+    want();
+    return;
+  }
+  for (const auto& slot : slots_) {
+    if (slot != nullptr) {
+      slot->set_wanted(false);
+    }
+  }
+}
+
+namespace {
+
+at::Tensor trace(const at::Tensor& gram) {
+  return gram.diagonal(0, -2, -1).sum(-1);
+}
+
+// What M = c I gives for the trace over the adapter's own parameters, for c = 1 and s = 1.
+at::Tensor unit_trace(const at::Tensor& a, const at::Tensor& b) {
+  const auto square = [](const at::Tensor& x) {
+    return x.to(at::kDouble).square().flatten(1).sum(-1);
+  };
+  return square(b) * static_cast<double>(a.size(2)) + square(a) * static_cast<double>(b.size(1));
+}
+
+}  // namespace
+
+void LayerGroup::enter_traces(const at::Tensor& traces) {
+  const at::Tensor unit = unit_trace(parameters_->a(), parameters_->b());
+  const at::Tensor c = traces.to(unit.device()) / (scaling_.square() * unit);
+  const at::Tensor known = c.isfinite();
+  const double beta = options_.factor_beta;
+  trace_sum_.copy_(at::where(known, beta * trace_sum_ + (1 - beta) * c, trace_sum_));
+  trace_weight_.copy_(at::where(known, beta * trace_weight_ + (1 - beta), trace_weight_));
+}
+
+LayerGroup::Curvature LayerGroup::curvature() const {
+  const auto gram = [&](const at::Tensor& weight, const LowRankEigen& factor) {
+    SideProducts fresh;
+    fresh.set_weight(weight.to(momentum_a_.scalar_type()), factor.basis());
+    return trace(weighted_gram(factor.power(1.0, 0.0), fresh.uw, fresh.ww));
+  };
+  const at::Tensor kfac = gram(parameters_->b(), factors_.output) * factors_.input.trace() +
+                          gram(parameters_->a().mT(), factors_.input) * factors_.output.trace();
+  return {trace_sum_ / trace_weight_, kfac / unit_trace(parameters_->a(), parameters_->b())};
 }
 
 void LayerGroup::connect(const std::shared_ptr<LayerGroup>& self) {

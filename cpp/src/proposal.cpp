@@ -1,5 +1,6 @@
 #include "ctrlora/proposal.h"
 
+#include <ATen/ops/minimum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
@@ -36,8 +37,31 @@ Measurement Measurement::cat(const std::vector<Measurement>& parts) {
           joined(&Measurement::direction_rms),
           joined(&Measurement::live),
           joined(&Measurement::absolute),
+          joined(&Measurement::isotropic),
           parts.front().rounding};
 }
+
+namespace {
+
+// f before the output ball cuts it.
+at::Tensor planned_length(const Measurement& measured,
+                          const Proposal& proposal,
+                          const std::string& step_length) {
+  if (step_length == "rms") {
+    return measured.radius / measured.direction_rms;
+  }
+  const at::Tensor full = measured.radius / proposal.output_norm.c2.clamp_min(0).sqrt();
+  if (step_length == "radius") {
+    return full;
+  }
+  // The minimum of the K-FAC model along the direction. Without curvature (no absolute scale) it is
+  // infinite, and the radius decides.
+  const at::Tensor& curvature = proposal.fisher_norm.c2;
+  const at::Tensor newton = proposal.step.predicted_decrease.clamp_min(0) / curvature;
+  return at::where(curvature > 0, at::minimum(newton, full), full);
+}
+
+}  // namespace
 
 Proposal propose(const Measurement& measured, const Options& options) {
   const detail::NumericsGuard guard;
@@ -53,11 +77,14 @@ Proposal propose(const Measurement& measured, const Options& options) {
   out.fisher_norm =
       squared_norm(input_omega, out.output_grams.in(measured.output_metric.plain), measured.scaling)
           .where(measured.absolute);
+  if (options.curvature == "hutchinson") {
+    const Quartic plain = squared_norm(out.input_grams, out.output_grams, measured.scaling);
+    const at::Tensor& c = measured.isotropic;
+    out.fisher_norm = {c * plain.c2, c * plain.c3, c * plain.c4};
+  }
   out.radius = measured.radius;
   out.momentum_factor = measured.momentum_factor;
-  const at::Tensor size = options.step_length == "radius" ? out.output_norm.c2.clamp_min(0).sqrt()
-                                                          : measured.direction_rms;
-  const at::Tensor planned = measured.radius / size;
+  const at::Tensor planned = planned_length(measured, out, options.step_length);
   const at::Tensor usable = planned.isfinite();
   const at::Tensor zero = at::zeros({}, planned.options());
   out.length = inside_ball(out.output_norm, measured.radius, at::where(usable, planned, zero));

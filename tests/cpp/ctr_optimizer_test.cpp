@@ -183,6 +183,34 @@ TEST_CASE("a closure runs once, with gradients; its loss comes back") {
   CHECK_FALSE(plain.step().defined());
 }
 
+TEST_CASE("a checked step runs the closure twice on the same random numbers, without a trace") {
+  std::vector<at::Tensor> noise, grads;
+  for (const int64_t every : {0, 2}) {
+    Net net;
+    ctrlora::Options engine;
+    engine.ratio_every = every;
+    CTROptimizer opt(net.parameters(), CTROptions(1e-3).engine(engine));
+    std::vector<at::Tensor> seen;
+    const auto closure = [&] {
+      seen.push_back(at::rand({3}));
+      opt.zero_grad();
+      at::Tensor loss = net.loss();
+      loss.backward();
+      return loss;
+    };
+    opt.step(closure);
+    opt.step(closure);
+    REQUIRE(seen.size() == (every == 0 ? 2 : 3));
+    CHECK(same_bits(seen[1], seen.back()));
+    CHECK_FALSE(same_bits(seen[0], seen[1]));
+    noise.push_back(at::rand({3}));
+    grads.push_back(net.first->lora_b.grad().clone());
+    CHECK(opt.metrics().count("ratio") == (every == 0 ? 0 : 1));
+  }
+  CHECK(same_bits(noise[0], noise[1]));
+  CHECK(same_bits(grads[0], grads[1]));
+}
+
 TEST_CASE("zero_grad takes the rows of a backward that leads to no step along") {
   Net own, other;
   CTROptimizer opt(own.parameters()), plain(other.parameters());

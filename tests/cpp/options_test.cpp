@@ -91,6 +91,10 @@ TEST_CASE("the defaults are those of the documentation and are valid") {
   CHECK(options.kl_radius == 0.005);
   CHECK(options.rms_beta == 0.95);
   CHECK(options.step_length == "rms");
+  CHECK(options.curvature_decay == 0.0);
+  CHECK(options.ratio_every == 0);
+  CHECK(options.curvature == "kfac");
+  CHECK(options.hutchinson_every == 0);
   CHECK(options.overlap == "auto");
   CHECK(options.max_staleness == 1);
   CHECK(options.balance_every == 100);
@@ -109,6 +113,8 @@ TEST_CASE("whole-number options name themselves, their value and their rule") {
   check_option(&Options::loss_terms, "loss_terms", ctrlora::kLossTermsSequences,
                "loss_terms >= kLossTermsSequences");
   check_option(&Options::balance_every, "balance_every", 1, "balance_every >= 1");
+  check_option(&Options::ratio_every, "ratio_every", 0, "ratio_every >= 0");
+  check_option(&Options::hutchinson_every, "hutchinson_every", 0, "hutchinson_every >= 0");
   check_option(&Options::max_misses, "max_misses", 1, "max_misses >= 1");
 }
 
@@ -129,6 +135,9 @@ TEST_CASE("real options name themselves, their value and their rule") {
                {1e-9, kInf});
   check_option(&Options::rms_beta, "rms_beta", "rms_beta >= 0.0 && rms_beta < 1.0",
                {-0.1, 1.0, kNan}, {0.0, 0.99});
+  check_option(&Options::curvature_decay, "curvature_decay",
+               "curvature_decay >= 0.0 && std::isfinite(curvature_decay)", {-1.0, kNan, kInf},
+               {0.0, 3.0});
   check_option(&Options::fallback_lr, "fallback_lr",
                "fallback_lr >= 0.0 && std::isfinite(fallback_lr)", {-1.0, kNan, kInf}, {0.0, 1.0});
 }
@@ -137,9 +146,16 @@ TEST_CASE("word options name themselves, their value and their rule") {
   check_range<Options, std::string>(&Options::loss_reduction, "ctrlora::Options", "loss_reduction",
                                     "loss_reduction == \"mean\" || loss_reduction == \"sum\"",
                                     {"none", "", "Mean"}, {"mean", "sum"});
-  check_range<Options, std::string>(&Options::step_length, "ctrlora::Options", "step_length",
-                                    "step_length == \"rms\" || step_length == \"radius\"",
-                                    {"fixed", ""}, {"rms", "radius"});
+  check_range<Options, std::string>(
+      &Options::step_length, "ctrlora::Options", "step_length",
+      "step_length == \"rms\" || step_length == \"radius\" || step_length == "
+      "\"newton\"",
+      {"fixed", ""}, {"rms", "radius", "newton"});
+  CHECK(problems::contains(message_with<Options>([](Options& own) {
+                             own.step_length = "newton";
+                             own.loss_reduction = "sum";
+                           }),
+                           "expected a mean loss"));
   check_range<Options, std::string>(&Options::overlap, "ctrlora::Options", "overlap",
                                     "overlap == \"inline\" || overlap == \"thread\" || overlap == "
                                     "\"stream\" || overlap == \"auto\"",
@@ -153,6 +169,9 @@ TEST_CASE("group settings name themselves, their value and their rule") {
                 {0.0, 5.0});
   check_setting(&GroupSettings::initial_lr, "initial_lr",
                 "initial_lr >= 0.0 && std::isfinite(initial_lr)", {-0.1, kNan, kInf}, {0.0, 5.0});
+  check_setting(&GroupSettings::radius_factor, "radius_factor",
+                "radius_factor > 0.0 && std::isfinite(radius_factor)", {0.0, -1.0, kNan, kInf},
+                {0.5, 4.0});
   check_setting(&GroupSettings::weight_decay, "weight_decay",
                 "weight_decay >= 0.0 && std::isfinite(weight_decay)", {-0.1, kNan, kInf}, {0.0});
   check_setting(&GroupSettings::beta1, "beta1", "beta1 >= 0.0 && beta1 < 1.0", {-0.1, 1.0, kNan},

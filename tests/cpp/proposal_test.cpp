@@ -55,6 +55,7 @@ struct Layers {
     measured.direction_rms = at::rand({layers}, at::kDouble) + 0.1;
     measured.live = at::ones({layers}, at::kBool);
     measured.absolute = at::ones({layers}, at::kBool);
+    measured.isotropic = at::rand({layers}, at::kDouble);
     measured.rounding = 1e-16;
   }
 
@@ -99,6 +100,29 @@ TEST_CASE("step_length \"radius\" fills the ball up to the cross term") {
   options.step_length = "radius";
   const Proposal got = ctrlora::propose(own.measured, options);
   CHECK(error(got.output_norm(got.length).sqrt(), own.measured.radius) < 1e-3);
+}
+
+TEST_CASE("step_length \"newton\" is the minimum of the model along the step, inside the ball") {
+  at::manual_seed(5);
+  Layers own(5, 8, 7);
+  own.measured.radius = numbers({1e6, 1e6, 1e6, 1e-4, 1e-4});
+  own.measured.absolute = numbers({1, 1, 1, 1, 0}) > 0;
+  Options options;
+  options.step_length = "newton";
+  const Proposal got = ctrlora::propose(own.measured, options);
+  REQUIRE(got.ok.all().item<bool>());
+  const at::Tensor factor = own.measured.momentum_factor.view({-1, 1, 1});
+  const at::Tensor ma = own.momentum_a * factor, mb = own.momentum_b * factor;
+  const at::Tensor da = got.step.a.materialize(own.a.mT(), ma.mT(), own.omega.basis()).mT();
+  const at::Tensor db = got.step.b.materialize(own.b, mb, own.s.basis());
+  const at::Tensor tangent =
+      (matmul(own.b, da) + matmul(db, own.a)) * own.measured.scaling.view({-1, 1, 1});
+  const at::Tensor slope = (ma * da).sum({1, 2}) + (mb * db).sum({1, 2});
+  const at::Tensor newton = -slope / square(dense(own.s), tangent, dense(own.omega));
+  CHECK(error(got.length.slice(0, 0, 3), newton.slice(0, 0, 3)) < 1e-9);
+  // The radius where it is smaller, and where there is no curvature to go by.
+  CHECK(error(got.output_norm(got.length).sqrt().slice(0, 3), own.measured.radius.slice(0, 3)) <
+        1e-3);
 }
 
 TEST_CASE("layers of two widths below each other get what they get alone") {

@@ -21,6 +21,10 @@
 
 namespace ctrlora {
 
+namespace detail {
+class RandomState;
+}  // namespace detail
+
 // A number that a parameter group may leave to the optimizer's defaults.
 #define CTRLORA_GROUP_OPTION(type, name, standard) \
  public:                                           \
@@ -119,7 +123,8 @@ class CTRLORA_API CTROptimizer : public torch::optim::Optimizer {
   void add_param_group(const torch::optim::OptimizerParamGroup& group);
 
   /// One step from the gradients in .grad, which are read and never written.
-  /// @param closure runs forward and backward once and returns the loss.
+  /// @param closure runs forward and backward once and returns the loss. Where ratio_every asks for
+  /// a check it runs again after the step, on the same random numbers and without a trace.
   /// @return its loss, or an undefined tensor.
   at::Tensor step(LossClosure closure = nullptr) override;
 
@@ -150,6 +155,10 @@ class CTRLORA_API CTROptimizer : public torch::optim::Optimizer {
   void check_members(const std::vector<at::Tensor>& params) const;
   [[nodiscard]] std::vector<LoraPair> pairs_among(const std::vector<at::Tensor>& params) const;
   void adopt_thawed();
+  void check_step(const at::Tensor& before,
+                  const LossClosure& closure,
+                  const std::vector<at::Tensor>& params,
+                  const detail::RandomState& random);
   CTROptions& options_of(size_t group);
   [[nodiscard]] const CTROptions& options_of(size_t group) const;
 

@@ -5,6 +5,7 @@
 #include "ctrlora/ctr_optimizer.h"      // IWYU pragma: export
 #include "ctrlora/engine.h"             // IWYU pragma: export
 #include "ctrlora/gauge.h"              // IWYU pragma: export
+#include "ctrlora/hutchinson.h"         // IWYU pragma: export
 #include "ctrlora/kronecker_factors.h"  // IWYU pragma: export
 #include "ctrlora/layer_group.h"        // IWYU pragma: export
 #include "ctrlora/lora_linear.h"        // IWYU pragma: export
@@ -15,6 +16,7 @@
 #include "ctrlora/options.h"            // IWYU pragma: export
 #include "ctrlora/processes.h"          // IWYU pragma: export
 #include "ctrlora/proposal.h"           // IWYU pragma: export
+#include "ctrlora/radius_control.h"     // IWYU pragma: export
 #include "ctrlora/rank_scheduler.h"     // IWYU pragma: export
 #include "ctrlora/side_stream.h"        // IWYU pragma: export
 #include "ctrlora/tangent_step.h"       // IWYU pragma: export

@@ -15,6 +15,7 @@
 #include "ctrlora/lora_pair.h"
 #include "ctrlora/options.h"
 #include "ctrlora/processes.h"
+#include "ctrlora/radius_control.h"
 #include "ctrlora/rank_scheduler.h"
 #include "ctrlora/side_stream.h"
 
@@ -23,6 +24,7 @@ namespace ctrlora {
 namespace detail {
 class AdamW;
 class RankControl;
+class Trial;
 }  // namespace detail
 
 class CTRLORA_API Engine {
@@ -58,6 +60,25 @@ class CTRLORA_API Engine {
   /// One step from the gradients in .grad. Groups with lr 0 and all their state stay untouched.
   /// @param settings one per parameter group, by index.
   void step(const std::vector<GroupSettings>& settings);
+
+  // ---- Ratio test (cpp/README.md, section 4): begin_trial(), step(), end_trial() ----
+  /// Whether the next step is one to check: every ratio_every-th, unless ranks change after it.
+  [[nodiscard]] bool ratio_due() const;
+  /// Keeps a copy of parameters and state for the next step.
+  void begin_trial();
+  /// Adjusts the radii by what that step did to the loss of the batch that its gradients came from;
+  /// takes the step back where the verdict is kReject, parameters and state bit for bit.
+  /// @param before, after the loss on that batch before and after the step. Synchronises.
+  StepVerdict end_trial(double before, double after);
+  // ---- Hutchinson's traces (section 2): a HutchinsonProbe over all pairs, then enter_traces()
+  // ----
+  [[nodiscard]] bool probe_due() const;
+  /// c_l of the layers by name; the missing ones are left alone.
+  void enter_traces(const std::map<std::string, double>& traces);
+  /// Mean curvature c of M = c I by name, from the traces and from the factors. Synchronises.
+  [[nodiscard]] std::map<std::string, std::pair<double, double>> curvature() const;
+  /// Whether layers ask for observations: off while the loss is evaluated a second time.
+  void observe(bool on);
 
   /// Scale of the loss for the gradients observed from now on (GradScaler).
   void set_loss_scale(double loss_scale);
@@ -96,6 +117,8 @@ class CTRLORA_API Engine {
       const std::vector<GroupSettings>& settings) const;
   void fisher_ball();
   void join_refreshes() const;
+  [[nodiscard]] std::vector<at::Tensor> all_parameters() const;
+  [[nodiscard]] size_t paired_parameters() const;
   [[nodiscard]] GroupSettings fallback_settings(
       const detail::AdamW& fallback, const std::vector<const GroupSettings*>& by_group) const;
   void retire_failed_layers();
@@ -110,6 +133,8 @@ class CTRLORA_API Engine {
   std::unique_ptr<StepReport> report_;
   std::shared_ptr<const Processes> processes_;  // null: there is one
   std::unique_ptr<detail::RankControl> rank_control_;
+  std::unique_ptr<detail::Trial> trial_;  // null: the step is not checked
+  RadiusControl radius_;
   int64_t steps_ = 0;
 };
 

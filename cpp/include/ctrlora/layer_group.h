@@ -60,6 +60,15 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   void observe(int64_t layer, const Observation& observation) override;
   void drop_observations();
   void set_processes(const std::shared_ptr<const Processes>& processes);
+  /// Whether layers ask for observations on this step; off until turned on again or the next step.
+  void observe_next(bool on);
+  /// Enters traces c_l (L) of one Hutchinson probe; NaN where there is none.
+  void enter_traces(const at::Tensor& traces);
+  struct Curvature {
+    at::Tensor hutchinson;  ///< (L) c of M = c I, mean of the probes; NaN: no probe yet
+    at::Tensor kfac;        ///< (L) the same of the factors
+  };
+  [[nodiscard]] Curvature curvature() const;
   void set_loss_scale(double loss_scale) { options_.loss_scale = loss_scale; }
 
   // ---- One step, in this order (engine.cpp) ----
@@ -138,14 +147,15 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   std::unique_ptr<detail::PendingObservations> observations_;
   std::unique_ptr<detail::GroupRanks> ranks_;  // null: no schedule
 
-  at::Tensor momentum_a_, momentum_b_;  // (L, r, n), (L, m, r), statistics' dtype
-  at::Tensor momentum_weight_;          // (L) float64: 1 - beta1^t of the steps taken
-  at::Tensor rms_square_, rms_weight_;  // (L) float64 EMA and its weight
-  at::Tensor scaling_;                  // (L) float64
-  at::Tensor active_;                   // (L) bool: not handed to AdamW
-  at::Tensor grad_ok_;                  // (L) bool: this step's gradient exists and is finite
-  at::Tensor misses_;                   // (L) int64 failed steps in a row
-  at::Tensor skipped_;                  // (L) int64 steps left out for non-finite gradients
+  at::Tensor momentum_a_, momentum_b_;   // (L, r, n), (L, m, r), statistics' dtype
+  at::Tensor momentum_weight_;           // (L) float64: 1 - beta1^t of the steps taken
+  at::Tensor rms_square_, rms_weight_;   // (L) float64 EMA and its weight
+  at::Tensor trace_sum_, trace_weight_;  // (L) float64: EMA of c and its weight
+  at::Tensor scaling_;                   // (L) float64
+  at::Tensor active_;                    // (L) bool: not handed to AdamW
+  at::Tensor grad_ok_;                   // (L) bool: this step's gradient exists and is finite
+  at::Tensor misses_;                    // (L) int64 failed steps in a row
+  at::Tensor skipped_;                   // (L) int64 steps left out for non-finite gradients
   KroneckerFactors factors_;
   KroneckerFactors back_;  // refreshed beside training; used only where refreshes may lag
   bool may_lag_ = false;

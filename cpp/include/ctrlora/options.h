@@ -20,6 +20,15 @@ inline constexpr int64_t kLossTermsSequences = -1;
 struct CTRLORA_API Options {
   // ---- Curvature (cpp/README.md, section 2) ----
 
+  /// What the metric is made of. "kfac": observed factors; "gradient": factors from the adapters'
+  /// gradients alone, nothing is observed; "hutchinson": the direction is that of whitening 0, and
+  /// the Fisher ball is measured by c I with c from the traces of hutchinson_every.
+  std::string curvature = "kfac";
+
+  /// Steps between two probes of the Hessian's traces through the closure, >= 0; 0: none. A probe
+  /// costs two evaluations of the closure.
+  int64_t hutchinson_every = 0;
+
   /// Eigenpairs kept per Kronecker factor, k >= 1; capped at the factor's size. 16 loses 0.03 nats
   /// against dense factors and costs a third of AdamW's state [M].
   int64_t sketch_rank = 16;
@@ -80,8 +89,17 @@ struct CTRLORA_API Options {
   double rms_beta = 0.95;
 
   /// "rms": length relative to the raw direction's RMS, shrinks where gradients are noise [M];
-  /// "radius": every step fills the ball.
+  /// "radius": every step fills the ball; "newton": to the minimum of the K-FAC model along the
+  /// direction, at most as far as "radius". Natural with whitening 1; needs a mean loss.
   std::string step_length = "rms";
+
+  /// Decay by curvature, >= 0: parameters also move by -lr curvature_decay times the gradient of
+  /// 1/2 s^2 tr(PQ) a step, decoupled as weight decay is. 0: off.
+  double curvature_decay = 0.0;
+
+  /// Steps between two that the ratio of actual to predicted decrease is taken of, >= 0; 0: never.
+  /// Such a step costs a second evaluation of the loss and a copy of parameters and state.
+  int64_t ratio_every = 0;
 
   // ---- Overlap (section 7) ----
 
@@ -120,6 +138,7 @@ struct CTRLORA_API GroupSettings {
   double beta1 = 0.9;         ///< fallback AdamW only.
   double beta2 = 0.999;       ///< fallback AdamW only.
   double eps = 1e-8;          ///< fallback AdamW only.
+  double radius_factor = 1.0;  ///< of both balls' radii, > 0; the ratio test multiplies it.
 
   /// @throws c10::ValueError naming the setting, its value and the rule.
   void validate() const;

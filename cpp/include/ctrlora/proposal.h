@@ -28,6 +28,7 @@ struct CTRLORA_API Measurement {
   at::Tensor direction_rms;    ///< |D| expected of a raw gradient's direction; 0: not known yet
   at::Tensor live;             ///< (L) bool: the gradient exists and is finite
   at::Tensor absolute;         ///< (L) bool: the factors have an absolute scale
+  at::Tensor isotropic;        ///< c of M = c I, for curvature "hutchinson"; 0: not known
   double rounding = 0.0;       ///< rounding unit of the products' dtype
 
   /// Layers below each other; one rank, one sketch rank and one device.

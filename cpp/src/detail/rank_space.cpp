@@ -142,8 +142,13 @@ void RankSpace::apply(const at::Tensor& shrink) const {
     const int64_t end = begin + member.group->layers();
     member.group->apply(proposal_.slice(begin, end), shrink.to(proposal_.length.device()),
                         member.settings);
-    member.group->finish();
     begin = end;
+  }
+}
+
+void RankSpace::finish() const {
+  for (const Member& member : members_) {
+    member.group->finish();
   }
 }
 
@@ -151,7 +156,8 @@ RankSpace::Change RankSpace::change(const at::Tensor& shrink) const {
   const at::Tensor f = proposal_.length * shrink.to(proposal_.length.device());
   std::vector<at::Tensor> rates;
   for (const Member& member : members_) {
-    rates.push_back(at::full({member.group->layers()}, member.settings.lr, f.options()));
+    const double rate = member.settings.lr * member.settings.radius_factor;
+    rates.push_back(at::full({member.group->layers()}, rate, f.options()));
   }
   const at::Tensor zero = at::zeros({}, f.options());
   const at::Tensor relative = proposal_.output_norm(f).clamp_min(0).sqrt() * at::cat(rates) /

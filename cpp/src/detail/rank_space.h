@@ -31,8 +31,10 @@ class RankSpace {
   static Quartic predicted_kl(const std::vector<RankSpace>& spaces);
   /// Largest lr / initial lr of the groups, at most 1.
   [[nodiscard]] double schedule() const;
-  /// Moves the parameters by shrink (1) times the proposed length and ends the groups' step.
+  /// Moves the parameters by shrink (1) times the proposed length.
   void apply(const at::Tensor& shrink) const;
+  /// Ends the groups' step.
+  void finish() const;
 
   /// What the last step did, one number per layer: (L).
   struct Change {
