@@ -48,6 +48,8 @@ FORBIDDEN_INCLUDES = {
 MAY_SYNC = {
     "ctrlora::Engine::metrics": "reading metrics is the documented sync",
     "ctrlora::Engine::load": "restores a checkpoint",
+    "ctrlora::unusable": "its check of what is restored",
+    "ctrlora::CgInit::load": "restores a calibration",
     "ctrlora::TrustRegionSubproblem::solve": "a value type for use alone; no step calls it",
 }
 SYNC = re.compile(r"\.item\b|_local_scalar_dense")

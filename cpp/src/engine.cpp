@@ -1,6 +1,7 @@
 #include "ctrlora/engine.h"
 
 #include <ATen/ops/full.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/ones.h>
 
 #include <algorithm>
@@ -108,14 +109,14 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
     if (rank_control_ != nullptr) {
       rank_control_->after_step(groups_, steps_);
     }
-    if (steps_ % options_.balance_every == 0) {
-      retire_failed_layers();
-    }
   }
   for (const auto& fallback : fallbacks_) {
     if (by_group[static_cast<size_t>(fallback->group())]->lr != 0.0) {
       fallback->step(fallback_settings(*fallback, by_group), options_.maximize);
     }
+  }
+  if (!moving.empty() && steps_ % options_.balance_every == 0) {
+    retire_failed_layers();  // last: this gradient was theirs, and counted if it was skipped
   }
 }
 
@@ -289,7 +290,34 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
 
 namespace {
 
-// Names and shapes in which a saved state differs from this engine's own, one a line.
+bool ends_with(const std::string& name, const std::string& end) {
+  return name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
+}
+
+// What a saved tensor of the right shape must not be: of another kind, not finite, or negative
+// where only counts, squares and traces are held. Empty if it can be loaded.
+std::string unusable(const std::string& name, const at::Tensor& own, const at::Tensor& given) {
+  if (given.layout() != at::kStrided || given.is_meta() || given.is_complex() ||
+      given.is_floating_point() != own.is_floating_point()) {
+    return c10::str("expected ", own.scalar_type(), "; got ", given.scalar_type(), " (",
+                    given.layout(), ")");
+  }
+  const bool probe =
+      ends_with(name, "probe_a") || ends_with(name, "probe_b");  // NaN: not taken yet
+  if (!probe && !at::isfinite(given).all().item<bool>()) {
+    return "expected finite numbers; got others";
+  }
+  for (const char* end :
+       {"eigenvalues", "trace", "rms_square", "_weight", "age", "steps", "seen"}) {
+    if (ends_with(name, end) && given.lt(0).any().item<bool>()) {
+      return "expected no negative numbers; got some";
+    }
+  }
+  return "";
+}
+
+// Names, shapes and values in which a saved state differs from what this engine can take, one a
+// line.
 std::string difference(const std::vector<std::pair<std::string, at::Tensor>>& own,
                        const std::map<std::string, at::Tensor>& given,
                        bool with_retired) {
@@ -302,6 +330,8 @@ std::string difference(const std::vector<std::pair<std::string, at::Tensor>>& ow
       out += "\n  missing " + name;
     } else if (found->second.sizes() != tensor.sizes()) {
       out += c10::str("\n  ", name, ": expected ", tensor.sizes(), "; got ", found->second.sizes());
+    } else if (const std::string why = unusable(name, tensor, found->second); !why.empty()) {
+      out += "\n  " + name + ": " + why;
     }
   }
   for (const auto& item : given) {
@@ -319,15 +349,17 @@ void Engine::load(const std::map<std::string, at::Tensor>& tensors) {
   const detail::NumericsGuard guard;
   constexpr const char* kWhere = "ctrlora::Engine::load";
   const auto version = tensors.find("version");
-  CTRLORA_CHECK(version != tensors.end() && version->second.item<int64_t>() == kStateVersion,
-                kWhere, "expected state of format version ", kStateVersion, "; got ",
-                version == tensors.end() ? std::string("none")
-                                         : std::to_string(version->second.item<int64_t>()),
+  const bool one = version != tensors.end() && version->second.numel() == 1 &&
+                   version->second.scalar_type() == at::kLong;
+  const int64_t got = one ? version->second.item<int64_t>() : 0;
+  CTRLORA_CHECK(got == kStateVersion, kWhere, "expected state of format version ", kStateVersion,
+                "; got ", one ? std::to_string(got) : std::string("none"),
                 ". Remedy: load it with the release that wrote it.");
   const auto check = [&](bool with_retired) {
     const std::string found = difference(named_tensors(), tensors, with_retired);
-    CTRLORA_CHECK(found.empty(), kWhere,
-                  "the state belongs to another set of layers or other options:", found);
+    CTRLORA_CHECK(
+        found.empty(), kWhere,
+        "the state is damaged, or belongs to another set of layers or other options:", found);
   };
   check(/*with_retired=*/false);                 // before anything changes
   for (size_t i = 0; i < groups_.size(); ++i) {  // the saved run may have handed layers to AdamW
