@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _WHERE = "[pyctrlora.checkpoint]"
+_PARTS = {"model", "optimizer", "rng", "step", "others"}
 VERSION = 1  # of the file; the optimizer's section has its own
 
 
@@ -89,9 +90,10 @@ def load(
         {"step": ...} and the plain values that were saved.
 
     Raises:
-        ValueError: the file is of another version, or parameters differ; nothing was changed then.
+        ValueError: the file is damaged or of another version, or parameters differ; nothing was
+            changed then.
     """
-    content = torch.load(Path(path), map_location="cpu", weights_only=True)
+    content = _read(Path(path))
     if not isinstance(content, dict) or content.get("version") != VERSION:
         got = (
             content.get("version", "none") if isinstance(content, dict) else type(content).__name__
@@ -100,6 +102,9 @@ def load(
             f"{_WHERE} expected '{path}' to be a checkpoint of version {VERSION}; got {got}. "
             "Remedy: load it with the pyctrlora that wrote it."
         )
+    absent = sorted(_PARTS - set(content))
+    if absent or not isinstance(content["others"], dict) or not isinstance(content["model"], dict):
+        raise _damaged(path, f"no {absent}" if absent else "parts of other types")
     missing = sorted(set(others) - set(content["others"]))
     if missing:
         raise ValueError(
@@ -117,6 +122,23 @@ def load(
     _restore_rng(content["rng"])
     plain = {k: v for k, v in content["others"].items() if k not in others}
     return {"step": content["step"], **plain}
+
+
+def _read(path: Path) -> Any:
+    """Torch tells of a damaged file by many kinds of exceptions; a missing one stays an OSError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _damaged(path: Any, got: str) -> ValueError:
+    return ValueError(
+        f"{_WHERE} expected '{path}' to be a whole checkpoint; got {got[:300]}. Remedy: an older "
+        "checkpoint; this file was changed after it was written."
+    )
 
 
 def _kept(model: nn.Module) -> dict[str, Tensor]:

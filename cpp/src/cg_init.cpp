@@ -4,6 +4,7 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full_like.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -243,6 +244,9 @@ void CgInit::load(const std::map<std::string, at::Tensor>& tensors) {
     } else if (found->second.sizes() != tensor.sizes()) {
       differ << " " << name << " has shape " << found->second.sizes() << ", not " << tensor.sizes()
              << ";";
+    } else if (found->second.is_floating_point() != tensor.is_floating_point() ||
+               !at::isfinite(found->second).all().item<bool>()) {
+      differ << " " << name << " is damaged (" << found->second.scalar_type() << ");";
     }
   }
   CTRLORA_CHECK(differ.str().empty() && own.size() == tensors.size(), kWhere,

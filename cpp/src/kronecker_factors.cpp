@@ -67,12 +67,25 @@ at::Tensor loss_scale_of_output(const CurvatureSketch& sketch, const Options& op
   return (options.loss_reduction == "mean" ? terms * rows : rows / terms) * unscale;
 }
 
+// The scale at which a sample enters: a spike's trace is bounded, its shape stays.
+at::Tensor calm(const LowRankEigen& factor,
+                const FactorSketch& sums,
+                const at::Tensor& scale,
+                const at::Tensor& known) {
+  const at::Tensor trace = scale * sums.trace / sums.weight;
+  const at::Tensor entering = detail::bounded_sample(trace, factor.trace(), known);
+  return at::where(entering < trace, scale * (entering / trace), scale);
+}
+
 }  // namespace
 
 void KroneckerFactors::commit(const CurvatureSketch& sketch, const Options& options) {
+  const auto something = [](const FactorSketch& sums, const LowRankEigen& factor) {
+    return sums.trace > detail::smallest_trace(factor.size(), factor.basis().scalar_type());
+  };
   const at::Tensor has = (sketch.input.weight > 0)
-                             .logical_and(sketch.input.trace > 0)
-                             .logical_and(sketch.output.trace > 0)
+                             .logical_and(something(sketch.input, input))
+                             .logical_and(something(sketch.output, output))
                              .logical_and(sketch.input.trace.isfinite())
                              .logical_and(sketch.output.trace.isfinite());
   // The gradient proxy gives way to the first observation, whose scale differs from its own.
@@ -91,14 +104,18 @@ void KroneckerFactors::commit(const CurvatureSketch& sketch, const Options& opti
       at::where(proxy, unit(sketch.input, input.size()), at::ones_like(keep));
   const at::Tensor output_scale =
       at::where(proxy, unit(sketch.output, output.size()), loss_scale_of_output(sketch, options));
-  const at::Tensor failed = input.update(sketch.input, keep, input_scale)
-                                .logical_or(output.update(sketch.output, keep, output_scale));
+  const at::Tensor known = count > 1;
+  const at::Tensor failed =
+      input.update(sketch.input, keep, calm(input, sketch.input, input_scale, known))
+          .logical_or(
+              output.update(sketch.output, keep, calm(output, sketch.output, output_scale, known)));
   // A base whose output nobody handed over counts as unobserved: negative.
   const at::Tensor assumed = sketch.from_gradient.logical_or(sketch.base_square < 0);
   const at::Tensor fresh =
       at::where(assumed, input.trace() * (static_cast<double>(output.size()) / input.size()),
                 sketch.base_square / sketch.input.weight);
-  const at::Tensor mixed = at::where(assumed, fresh, keep * base_square + (1 - keep) * fresh);
+  const at::Tensor entering = detail::bounded_sample(fresh, base_square, known);
+  const at::Tensor mixed = at::where(assumed, fresh, keep * base_square + (1 - keep) * entering);
   base_square.copy_(at::where(has.logical_and(mixed.isfinite()), mixed, base_square));
   seen.copy_(at::where(has, count, seen));
   absolute.copy_(at::where(has, sketch.from_gradient.logical_not(), absolute));

@@ -143,7 +143,7 @@ void LayerGroup::update_momentum() {
   const at::Tensor finite =
       detail::momentum_step(grads_a, momentum_a_, grads_b, momentum_b_, wanted, options_.beta1);
   grad_ok_ = finite.logical_and(wanted);
-  skipped_.add_(finite.logical_not());
+  skipped_.add_(finite.logical_not().logical_and(active_));  // the others are AdamW's to count
   momentum_weight_ = at::where(grad_ok_, options_.beta1 * momentum_weight_ + (1 - options_.beta1),
                                momentum_weight_);
 }
@@ -186,12 +186,18 @@ std::optional<Measurement> LayerGroup::measure_gradients() const {
 void LayerGroup::update_rms(const DirectionSquare& direction) {
   const Range range = observed();
   const auto part = [&](const at::Tensor& x) { return x.slice(0, range.begin, range.end); };
-  ema(part(rms_square_), part(rms_weight_), direction.square,
-      part(grad_ok_).logical_and(direction.ok), options_.rms_beta);
+  // Right after a restart of the factors the mean is in another metric's units.
+  const at::Tensor mean = part(rms_square_) / part(rms_weight_).clamp_min(1e-300);
+  const at::Tensor sample = detail::bounded_sample(direction.square, mean, part(factors_.seen) > 1);
+  ema(part(rms_square_), part(rms_weight_), sample, part(grad_ok_).logical_and(direction.ok),
+      options_.rms_beta);
 }
+
 Measurement LayerGroup::measure(const GroupSettings& settings) const {
   Measurement out = measurement({0, layers()}, momentum_a_, momentum_b_);
-  out.momentum_factor = (options_.maximize ? -1.0 : 1.0) / momentum_weight_.clamp_min(1e-300);
+  // 0, not infinity, for a layer without a usable gradient so far: its Grams are carried on.
+  const at::Tensor unbiased = (options_.maximize ? -1.0 : 1.0) / momentum_weight_;
+  out.momentum_factor = at::where(momentum_weight_ > 0, unbiased, at::zeros_like(unbiased));
   out.radius = settings.lr * settings.radius_factor * factors_.base_square.clamp_min(0).sqrt();
   out.direction_rms = (rms_square_ / rms_weight_.clamp_min(1e-300)).sqrt();
   if (ranks_ != nullptr && ranks_->phase() != detail::SketchPhase::kNone) {
@@ -233,6 +239,12 @@ void LayerGroup::apply(const Proposal& proposal,
   };
   move(b, output_, parameters_->b(), momentum_b_, factors_.output.basis());
   move(a, input_, parameters_->a().mT(), momentum_a_.mT(), factors_.input.basis());
+  const at::Tensor calm = proposal.spike.logical_not();
+  if (!detail::known_to_be_true(calm)) {
+    momentum_a_.mul_(as_column(calm).to(momentum_a_.scalar_type()));
+    momentum_b_.mul_(as_column(calm).to(momentum_b_.scalar_type()));
+    momentum_weight_ = momentum_weight_ * calm;
+  }
 }
 
 void LayerGroup::finish() {

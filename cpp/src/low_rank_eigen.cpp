@@ -159,11 +159,12 @@ Nystrom nystrom(const at::Tensor& basis, const at::Tensor& fresh, const at::Tens
 at::Tensor LowRankEigen::update(const FactorSketch& sketch,
                                 const at::Tensor& keep,
                                 const at::Tensor& scale) {
-  at::Tensor live = (sketch.weight > 0)
-                        .logical_and(sketch.trace > 0)
-                        .logical_and(keep < 1)
-                        .logical_and(detail::finite_layers(sketch.product))
-                        .logical_and((sketch.trace * scale / sketch.weight).isfinite());
+  at::Tensor live =
+      (sketch.weight > 0)
+          .logical_and(sketch.trace > detail::smallest_trace(size(), basis_.scalar_type()))
+          .logical_and(keep < 1)
+          .logical_and(detail::finite_layers(sketch.product))
+          .logical_and((sketch.trace * scale / sketch.weight).isfinite());
   const at::Tensor fresh =
       at::where(live, (1 - keep) * scale / sketch.weight, at::zeros_like(keep));
   const at::Tensor old = at::where(live, keep, at::ones_like(keep));

@@ -92,6 +92,10 @@ Proposal propose(const Measurement& measured, const Options& options) {
   out.sound = out.step.ok.logical_and(out.length.isfinite());
   out.ok = out.live.logical_and(out.sound).logical_and(usable);
   out.length = at::where(out.ok, out.length, zero);
+  // A momentum whose direction is far above rms holds a spike; no gauge changes either. The step
+  // itself ends at the ball.
+  const at::Tensor& square = out.output_norm.c2;
+  out.spike = detail::bounded_sample(square, measured.direction_rms.square(), out.ok) < square;
   return out;
 }
 
@@ -102,7 +106,8 @@ DirectionSquare direction_square(const Measurement& measured, const Options& opt
                    measured.scaling, options.gram_floor, measured.rounding);
   const StepGrams input = step_grams(measured.input, step.a).in(measured.input_metric.plain);
   const at::Tensor square =
-      squared_norm(input, step_grams(measured.output, step.b), measured.scaling).c2;
+      squared_norm(input, step_grams(measured.output, step.b), measured.scaling)
+          .c2.clamp_min(0);  // rounding of a direction near 0
   return {square, step.ok.logical_and(square.isfinite())};
 }
 
@@ -119,6 +124,7 @@ Proposal Proposal::slice(int64_t begin, int64_t end) const {
   out.momentum_factor = part(momentum_factor);
   out.length = part(length);
   out.ok = part(ok);
+  out.spike = part(spike);
   out.live = part(live);
   out.sound = part(sound);
   return out;

@@ -9,7 +9,8 @@ import pytest
 import torch
 from parity.problems import F64, ReferenceLinear, ReferenceModel, layer, mlp, randn, spd
 from parity.twins import Twins, dense, own_layers, relative
-from reference.ctr_reference import Group, Layer, Reference, Settings, balance, commit, secular_step
+from reference.ctr_reference import Group, Layer, Reference, Settings, balance, commit
+from reference.secular_reference import secular_step
 from torch import Tensor, nn
 
 import pyctrlora
@@ -120,6 +121,12 @@ def test_with_a_summed_and_scaled_loss() -> None:
         Settings(loss_reduction="sum", loss_scale=64.0),
         lambda t: [entropy(t, reduction="sum", scale=64.0)],
     )
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6])
+@pytest.mark.parametrize("at", [2, 4, 8])
+def test_with_a_loss_spike(at: int, size: float) -> None:
+    run(Settings(balance_every=6), lambda t: [entropy(t, scale=size if t == at else 1.0)])
 
 
 @pytest.mark.parametrize("zero_b", [True, False])

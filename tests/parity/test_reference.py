@@ -19,9 +19,9 @@ from reference.ctr_reference import (
     inner,
     power,
     quartic,
-    secular_step,
     shorten,
 )
+from reference.secular_reference import secular_step
 from torch import Tensor
 
 M, N, R = 7, 6, 3

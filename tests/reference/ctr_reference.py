@@ -47,6 +47,11 @@ class Group:
     weight_decay: float = 0.0
 
 
+def calm(size: float, mean: float) -> float:
+    """§6 Spikes: the factor that brings a sample of that size down to 25 times the mean."""
+    return 25 * mean / size if 0 < 25 * mean < size else 1.0
+
+
 @dataclass
 class Average:
     """§2 Commit: a plain mean of what was seen first, then an EMA; nothing is initialised."""
@@ -57,6 +62,8 @@ class Average:
     def add(self, new: Tensor, beta: float) -> None:
         self.seen += 1
         b = min(beta, 1 - 1 / self.seen)
+        if self.seen > 1:
+            new = new * calm(*(float(t.trace() if t.dim() else t) for t in (new, self.value)))
         self.value = new if self.value is None else b * self.value + (1 - b) * new
 
 
@@ -84,6 +91,9 @@ class Layer:
     move_a: Any = 0.0
     move_b: Any = 0.0
     predicted: float = 0.0
+
+    def rms_mean(self, o: Settings) -> float:
+        return self.rms_square / max(1 - o.rms_beta**self.rms_seen, 1e-300)
 
     def factors(self, sketch_rank: int | None) -> tuple[Tensor, Tensor]:
         """(Ω, S) as the step uses them."""
@@ -157,20 +167,6 @@ def shorten(c: Tensor, f0: float, target: float) -> float:
     ends = [0.0, *(f for f in turns if 0 < f < f0), f0]
     low, high = next((x, y) for x, y in pairwise(ends) if square(y) > target)
     return bisect(square, low, high, target)
-
-
-def secular_step(gradient: Tensor, big_s: Tensor, omega: Tensor, radius: float) -> Tensor:
-    """min ⟨G,D⟩ + ½⟨D, SDΩ⟩ s.t. ‖D‖_F ≤ radius, by bisection on the multiplier ν (§4)."""
-    (e_s, u_s), (e_o, u_o) = torch.linalg.eigh(big_s), torch.linalg.eigh(omega)
-    g, curvature = u_s.T @ gradient @ u_o, e_s.clamp_min(0)[:, None] * e_o.clamp_min(0)
-
-    def solve(nu: float) -> Tensor:
-        return -torch.where(g == 0, g, g / (curvature + nu))
-
-    high = 2 * float(g.norm()) / radius  # the solution is inside there, whatever the curvature
-    inside = bool(solve(0.0).norm() <= radius)
-    nu = 0.0 if inside else bisect(lambda v: -float(solve(v).norm()), 0.0, high, -radius)
-    return u_s @ solve(nu) @ u_o.T
 
 
 def balance(layer: Layer, o: Settings) -> None:
@@ -277,16 +273,20 @@ class Reference:
         layer.predicted = -float((m_a * d_a).sum() + (m_b * d_b).sum())
         if self.wanted(layer):
             raw = quartic(layer, *direction(layer, g_a, g_b, o), eye, omega)
+            # Right after a restart of the factors the mean is in another metric's units.
+            known = layer.rms_mean(o) if layer.input_factor.seen > 1 else 0.0
+            sample = float(raw[0]) * calm(float(raw[0]), known)
             layer.rms_seen += 1
-            layer.rms_square = o.rms_beta * layer.rms_square + (1 - o.rms_beta) * float(raw[0])
-        own = quartic(layer, d_a, d_b, eye, omega)
-        rms_square = layer.rms_square / max(1 - o.rms_beta**layer.rms_seen, 1e-300)
+            layer.rms_square = o.rms_beta * layer.rms_square + (1 - o.rms_beta) * sample
+        own, rms_square = quartic(layer, d_a, d_b, eye, omega), layer.rms_mean(o)
         square = rms_square if o.step_length == "rms" else float(own[0])
         unit_gain = omega.trace() * len(big_s) / len(omega)
         base_square = unit_gain if layer.base_square.value is None else layer.base_square.value
         radius = lr * float(base_square) ** 0.5
         layer.f = shorten(own, radius / square**0.5, radius**2) if square > 0 else 0.0
         layer.move_a, layer.move_b = layer.f * d_a, layer.f * d_b
+        if calm(float(own[0]), rms_square) < 1:
+            layer.momentum_a, layer.momentum_b, layer.updates = 0 * m_a, 0 * m_b, 0
 
     def _fisher_ball(self, moved: list[Layer], groups: list[Group]) -> float:
         """One φ ≤ 1 for all: ½ Σ ‖D_l(φ f_l)‖_M² ≤ kl_radius · (lr / initial lr)² (§4)."""

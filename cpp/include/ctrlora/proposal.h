@@ -44,6 +44,7 @@ struct CTRLORA_API Proposal {
   at::Tensor radius, momentum_factor;        ///< as measured
   at::Tensor length;                         ///< f inside the output ball; 0 where not ok
   at::Tensor ok;                             ///< (L) bool: this layer moves
+  at::Tensor spike;                          ///< (L) bool: momentum to be forgotten afterwards
   at::Tensor live, sound;                    ///< (L) bool: gradient usable; numbers came out finite
 
   /// Layers [begin, end).

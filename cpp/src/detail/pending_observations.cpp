@@ -152,8 +152,11 @@ void PendingObservations::add(int64_t layer,
       at::full({1}, static_cast<double>(observation.sequences), weights.options());
   sums.sequences = sums.sequences.defined() ? sums.sequences + sequences : sequences;
   sums.count += 1;
-  started_[static_cast<size_t>(layer)] = true;
-  observed_[static_cast<size_t>(layer)] = true;
+  // Rows that count for nothing leave no flag, as none would come back from a saved state.
+  if (!known_to_be_true(counts.logical_and(inputs.nonzero.squeeze(0)).logical_not())) {
+    started_[static_cast<size_t>(layer)] = true;
+    observed_[static_cast<size_t>(layer)] = true;
+  }
 }
 
 CurvatureSketch PendingObservations::collect(int64_t begin,
@@ -241,8 +244,10 @@ void PendingObservations::resume(KroneckerFactors& factors) {
   const auto has_basis = [](const LowRankEigen& factor) {
     return factor.basis().abs().flatten(1).amax(-1).to(at::kCPU) > 0;
   };
-  const at::Tensor started = has_basis(factors.input).logical_and(has_basis(factors.output));
   const at::Tensor observed = factors.absolute.to(at::kCPU);
+  // A basis of the gradient proxy starts anew at the first observation.
+  const at::Tensor started =
+      has_basis(factors.input).logical_and(has_basis(factors.output)).logical_and(observed);
   for (size_t l = 0; l < sums_.size(); ++l) {
     started_[l] = started.const_data_ptr<bool>()[l];
     observed_[l] = observed.const_data_ptr<bool>()[l];

@@ -64,6 +64,17 @@ at::Tensor identity_like(const at::Tensor& matrix) {
 
 }  // namespace
 
+double smallest_trace(int64_t size, at::ScalarType dtype) {
+  return static_cast<double>(size) * (dtype == at::kDouble ? 1e-290 : 1e-36);
+}
+
+at::Tensor bounded_sample(const at::Tensor& sample,
+                          const at::Tensor& mean,
+                          const at::Tensor& known) {
+  const at::Tensor most = kSpike * mean;
+  return at::where(known.logical_and(most > 0).logical_and(sample > most), most, sample);
+}
+
 at::Tensor zero_directions(const at::Tensor& gram_b, const at::Tensor& gram_a) {
   const auto zero = [](const at::Tensor& gram) { return gram.diagonal(0, -2, -1) == 0; };
   return zero(gram_b).logical_and(zero(gram_a)).to(gram_a.scalar_type());

@@ -51,6 +51,18 @@ at::Tensor inner(const at::Tensor& x, const at::Tensor& y);
 /// a CPU the entries are in our memory, elsewhere the answer is no.
 bool known_to_be_true(const at::Tensor& mask);
 
+/// The smallest trace of a sum of rows that products in this dtype can tell from nothing.
+double smallest_trace(int64_t size, at::ScalarType dtype);
+
+/// How many times its running mean a sample may be before it is a spike: five times the length
+/// (cpp/README.md, section 6).
+inline constexpr double kSpike = 25.0;
+
+/// The sample, at most kSpike times the mean; as it is where the mean is 0 or not `known`.
+at::Tensor bounded_sample(const at::Tensor& sample,
+                          const at::Tensor& mean,
+                          const at::Tensor& known);
+
 /// (L, r) float64: 1 where a direction has neither a B column nor an A row, going by its Grams.
 at::Tensor zero_directions(const at::Tensor& gram_b, const at::Tensor& gram_a);
 

@@ -1,0 +1,157 @@
+// An engine's state by name: what is saved, and what a saved one must be to be taken.
+#include <ATen/ops/full.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/tensor.h>
+
+#include <set>
+
+#include "ctrlora/engine.h"
+#include "ctrlora/version.h"
+#include "detail/check.h"
+#include "detail/fallback.h"
+#include "detail/rank_control.h"
+#include "detail/tensor_math.h"
+
+namespace ctrlora {
+
+std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
+  join_refreshes();
+  std::vector<std::pair<std::string, at::Tensor>> out;
+  const auto number = [](int64_t value) { return at::full({1}, value, at::kLong); };
+  out.emplace_back("version", number(kStateVersion));
+  out.emplace_back("steps", number(steps_));
+  out.emplace_back("radius", at::tensor({radius_.factor, radius_.actual, radius_.predicted,
+                                         static_cast<double>(radius_.rejected)},
+                                        at::kDouble));
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const std::string prefix = "group" + std::to_string(i) + ".";
+    out.emplace_back(prefix + "age", number(groups_[i]->age()));
+    for (const auto& [name, tensor] : groups_[i]->named_tensors()) {
+      out.emplace_back(prefix + name, tensor);
+    }
+  }
+  if (rank_control_ != nullptr) {
+    const auto tensors = rank_control_->named_tensors();
+    out.insert(out.end(), tensors.begin(), tensors.end());
+  }
+  for (size_t i = 0; i < fallbacks_.size(); ++i) {
+    const std::string& retired = fallbacks_[i]->retired;
+    const std::string prefix =
+        retired.empty() ? "fallback" + std::to_string(i) + "." : "retired." + retired + ".";
+    for (const auto& [name, tensor] : fallbacks_[i]->named_tensors()) {
+      out.emplace_back(prefix + name, tensor);
+    }
+  }
+  return out;
+}
+
+namespace {
+
+bool ends_with(const std::string& name, const std::string& end) {
+  return name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
+}
+
+// What a saved tensor of the right shape must not be: of another kind, not finite, or negative
+// where only counts, squares and traces are held. Empty if it can be loaded.
+std::string unusable(const std::string& name, const at::Tensor& own, const at::Tensor& given) {
+  if (given.layout() != at::kStrided || given.is_meta() || given.is_complex() ||
+      given.is_floating_point() != own.is_floating_point()) {
+    return c10::str("expected ", own.scalar_type(), "; got ", given.scalar_type(), " (",
+                    given.layout(), ")");
+  }
+  const bool probe =
+      ends_with(name, "probe_a") || ends_with(name, "probe_b");  // NaN: not taken yet
+  if (!probe && !at::isfinite(given).all().item<bool>()) {
+    return "expected finite numbers; got others";
+  }
+  for (const char* end :
+       {"eigenvalues", "trace", "rms_square", "_weight", "age", "steps", "seen"}) {
+    if (ends_with(name, end) && given.lt(0).any().item<bool>()) {
+      return "expected no negative numbers; got some";
+    }
+  }
+  return "";
+}
+
+// Names, shapes and values in which a saved state differs from what this engine can take, one a
+// line.
+std::string difference(const std::vector<std::pair<std::string, at::Tensor>>& own,
+                       const std::map<std::string, at::Tensor>& given,
+                       bool with_retired) {
+  std::string out;
+  std::set<std::string> names;
+  for (const auto& [name, tensor] : own) {
+    names.insert(name);
+    const auto found = given.find(name);
+    if (found == given.end()) {
+      out += "\n  missing " + name;
+    } else if (found->second.sizes() != tensor.sizes()) {
+      out += c10::str("\n  ", name, ": expected ", tensor.sizes(), "; got ", found->second.sizes());
+    } else if (const std::string why = unusable(name, tensor, found->second); !why.empty()) {
+      out += "\n  " + name + ": " + why;
+    }
+  }
+  for (const auto& item : given) {
+    const bool of_retired = item.first.rfind("retired.", 0) == 0;
+    if (names.count(item.first) == 0 && (with_retired || !of_retired)) {
+      out += "\n  unexpected " + item.first;
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+void Engine::load(const std::map<std::string, at::Tensor>& tensors) {
+  const detail::NumericsGuard guard;
+  constexpr const char* kWhere = "ctrlora::Engine::load";
+  const auto version = tensors.find("version");
+  const bool one = version != tensors.end() && version->second.numel() == 1 &&
+                   version->second.scalar_type() == at::kLong;
+  const int64_t got = one ? version->second.item<int64_t>() : 0;
+  CTRLORA_CHECK(got == kStateVersion, kWhere, "expected state of format version ", kStateVersion,
+                "; got ", one ? std::to_string(got) : std::string("none"),
+                ". Remedy: load it with the release that wrote it.");
+  const auto check = [&](bool with_retired) {
+    const std::string found = difference(named_tensors(), tensors, with_retired);
+    CTRLORA_CHECK(
+        found.empty(), kWhere,
+        "the state is damaged, or belongs to another set of layers or other options:", found);
+  };
+  check(/*with_retired=*/false);                 // before anything changes
+  for (size_t i = 0; i < groups_.size(); ++i) {  // the saved run may have handed layers to AdamW
+    const auto active = tensors.find("group" + std::to_string(i) + ".active");
+    if (active != tensors.end() && active->second.numel() == groups_[i]->layers()) {
+      for (const LoraPair& pair : groups_[i]->take_out(active->second.logical_not())) {
+        hand_to_adamw(pair, groups_[i]->group());
+      }
+    }
+  }
+  check(/*with_retired=*/true);
+  for (const auto& [name, tensor] : named_tensors()) {
+    tensor.copy_(tensors.at(name));
+  }
+  steps_ = tensors.at("steps").item<int64_t>();
+  const at::Tensor radius = tensors.at("radius").to(at::kCPU, at::kDouble).contiguous();
+  const double* numbers = radius.const_data_ptr<double>();
+  radius_ = RadiusControl();
+  radius_.factor = numbers[0];
+  radius_.actual = numbers[1];
+  radius_.predicted = numbers[2];
+  radius_.ratio = radius_.predicted > 0.0 ? radius_.actual / radius_.predicted : radius_.ratio;
+  radius_.rejected = static_cast<int64_t>(numbers[3]);
+  sampler_->set_step(steps_);
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    groups_[i]->after_load(tensors.at("group" + std::to_string(i) + ".age").item<int64_t>());
+  }
+}
+
+int64_t Engine::state_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& item : named_tensors()) {
+    bytes += static_cast<int64_t>(item.second.nbytes());
+  }
+  return bytes;
+}
+
+}  // namespace ctrlora
