@@ -64,7 +64,7 @@ StepVerdict Engine::end_trial(double before, double after) {
     after = losses[1].item<double>() / count;
   }
   const double sign = options_.maximize ? -1.0 : 1.0;
-  StepVerdict verdict =
+  const StepVerdict verdict =
       radius_.propose(sign * before, sign * after, sign * trial->decrease().item<double>());
   if (verdict == StepVerdict::kReject) {
     // A layer that was handed to AdamW meanwhile stays there: then nothing can be taken back.

@@ -88,7 +88,7 @@ std::string difference(const std::vector<std::pair<std::string, at::Tensor>>& ow
     } else if (found->second.sizes() != tensor.sizes()) {
       out += c10::str("\n  ", name, ": expected ", tensor.sizes(), "; got ", found->second.sizes());
     } else if (const std::string why = unusable(name, tensor, found->second); !why.empty()) {
-      out += "\n  " + name + ": " + why;
+      out += c10::str("\n  ", name, ": ", why);
     }
   }
   for (const auto& item : given) {

@@ -27,7 +27,9 @@ double rounding_of(const std::vector<at::Tensor>& params) {
 
 }  // namespace
 
-HutchinsonProbe::HutchinsonProbe(std::vector<LoraPair> pairs, uint64_t seed, uint64_t stream) {
+HutchinsonProbe::HutchinsonProbe(const std::vector<LoraPair>& pairs,
+                                 uint64_t seed,
+                                 uint64_t stream) {
   const detail::NumericsGuard guard;
   double square = 0.0;
   double count = 0.0;

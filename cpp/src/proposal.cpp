@@ -50,7 +50,7 @@ at::Tensor planned_length(const Measurement& measured,
   if (step_length == "rms") {
     return measured.radius / measured.direction_rms;
   }
-  const at::Tensor full = measured.radius / proposal.output_norm.c2.clamp_min(0).sqrt();
+  at::Tensor full = measured.radius / proposal.output_norm.c2.clamp_min(0).sqrt();
   if (step_length == "radius") {
     return full;
   }

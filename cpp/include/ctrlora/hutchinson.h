@@ -20,7 +20,7 @@ class CTRLORA_API HutchinsonProbe {
   /// Draws v by (seed, stream) and keeps a copy of the pairs' parameters; their gradients in .grad
   /// are set aside. The step h is cbrt(eps) times the parameters' root mean square (at least 1e-3),
   /// where truncation and rounding of a central difference balance. Synchronises.
-  HutchinsonProbe(std::vector<LoraPair> pairs, uint64_t seed, uint64_t stream);
+  HutchinsonProbe(const std::vector<LoraPair>& pairs, uint64_t seed, uint64_t stream);
   /// Restores.
   ~HutchinsonProbe();
   HutchinsonProbe(const HutchinsonProbe&) = delete;
