@@ -32,7 +32,6 @@ void bind_rank_schedule(py::module_& m) {
       .def("first_event", &RankSchedule::first_event)
       .def("last_event", &RankSchedule::last_event)
       .def("due", &RankSchedule::due, py::arg("steps"))
-      .def("scoring", &RankSchedule::scoring, py::arg("steps"), py::arg("window"))
       .def("budget_at", &RankSchedule::budget_at, py::arg("steps"), py::arg("budget"),
            py::arg("allocated"));
 }
@@ -85,7 +84,6 @@ void bind_ranks(py::module_& m) {
         py::arg("budget"), py::arg("rules"));
   m.def("plan_ranks", wrapped(&plan_ranks), py::arg("layers"), py::arg("utilities"),
         py::arg("budget"), py::arg("rules"));
-  m.def("rank_events", wrapped(&rank_events), py::arg("layers"), py::arg("plan"), py::arg("step"));
 }
 
 }  // namespace ctrlora

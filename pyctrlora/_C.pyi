@@ -44,7 +44,6 @@ __all__: list[str] = [
     "lora_delta",
     "lora_linear",
     "plan_ranks",
-    "rank_events",
     "register_pair",
     "shift_base",
     "unregister_pair",
@@ -395,11 +394,6 @@ class RankSchedule:
     def first_event(self) -> int: ...
     def interval(self) -> int: ...
     def last_event(self) -> int: ...
-    def scoring(
-        self,
-        steps: typing.SupportsInt | typing.SupportsIndex,
-        window: typing.SupportsInt | typing.SupportsIndex,
-    ) -> bool: ...
     def validate(self) -> None: ...
     @property
     def descend(self) -> bool: ...
@@ -736,11 +730,6 @@ def plan_ranks(
     budget: typing.SupportsInt | typing.SupportsIndex,
     rules: RankRules,
 ) -> list[LayerPlan]: ...
-def rank_events(
-    layers: collections.abc.Sequence[RankLayer],
-    plan: collections.abc.Sequence[LayerPlan],
-    step: typing.SupportsInt | typing.SupportsIndex,
-) -> list[RankEvent]: ...
 def register_pair(pair: LoraPair) -> ObservationSlot: ...
 def shift_base(
     weight: torch.Tensor,

@@ -75,8 +75,7 @@ class AdapterLayer:
 
     def alpha_at(self, rank: int) -> float:
         """The alpha that gives this scaling at another rank."""
-        alpha = self.scaling * (math.sqrt(rank) if self.rslora else rank)
-        return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+        return whole(self.scaling * (math.sqrt(rank) if self.rslora else rank))
 
     def active(self) -> Tensor:
         """(r) bool: directions of which the A row or the B column is not zero."""
@@ -133,6 +132,11 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[Ad
     own = ((path, m) for path, m in model.named_modules() if isinstance(m, LoRALinear))
     layers += [AdapterLayer(strip(path), m.name or path, m, None) for path, m in own]
     return layers
+
+
+def whole(alpha: float) -> float:
+    """An int where it is one up to rounding, as users write it."""
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
 def strip(path: str) -> str:

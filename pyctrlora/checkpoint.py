@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyctrlora.files import replacing
+
 if TYPE_CHECKING:
+    import os
+
     from torch import Tensor, nn
 
 _WHERE = "[pyctrlora.checkpoint]"
@@ -57,18 +59,8 @@ def save(
         "step": step,
         "others": {name: _state_of(value) for name, value in others.items()},
     }
-    target = Path(path)
-    temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        _sync_folder(target.parent)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def load(
@@ -174,12 +166,3 @@ def _restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself must reach the disk too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,7 +14,7 @@ from pyctrlora.layers import _is_conv1d
 from pyctrlora.observer import LayerObserver, observer_of
 
 
-class FusedLinear(Linear):  # type: ignore[misc]
+class FusedLinear(Linear):  # type: ignore[misc]  # PEFT is untyped
     """PEFT's layer with base and adapter in one node wherever that computes the same.
 
     Only the forward differs. A layer becomes one by its class, not by a new object or an attribute,
@@ -83,7 +83,7 @@ def _is_traced() -> bool:
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]  # of torch
     )
 
 

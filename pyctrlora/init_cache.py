@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyctrlora.files import replacing
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -38,22 +38,17 @@ def description(
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], described: Mapping[str, str]) -> None:
-    """Writes through a temporary file in the same folder: the file is whole or not there.
+    """Writes the file, which is whole or not there.
 
     Raises:
         OSError: the folder cannot be written to.
     """
     safetensors = _safetensors()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
-        # Copies: some are views of one storage, which safetensors refuses.
-        whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    # Copies: some are views of one storage, which safetensors refuses.
+    whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    with replacing(path) as temporary:
         safetensors.save_file(whole, temporary, metadata=dict(described))
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def load(path: Path, described: Mapping[str, str]) -> dict[str, Tensor]:

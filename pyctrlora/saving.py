@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pyctrlora.adapters import AdapterLayer, adapter_layers, parse_key, patterns, write_patterns
+from pyctrlora.adapters import (
+    AdapterLayer,
+    adapter_layers,
+    parse_key,
+    patterns,
+    whole,
+    write_patterns,
+)
+from pyctrlora.layers import _is_conv1d
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -144,7 +152,7 @@ def _write_peft(
         write_patterns(changed, layers, ranks)
     else:
         rank = max(ranks.values())
-        changed.r, changed.lora_alpha = rank, _whole(scaling * rank)
+        changed.r, changed.lora_alpha = rank, whole(scaling * rank)
         changed.rank_pattern, changed.alpha_pattern, changed.use_rslora = {}, {}, False
     model.peft_config[adapter] = changed
     try:
@@ -173,7 +181,7 @@ def _write_own(
     }
     rank, alpha, rank_pattern, alpha_pattern = patterns(layers, ranks)
     if scaling is not None:
-        alpha, alpha_pattern = _whole(scaling * rank), {}
+        alpha, alpha_pattern = whole(scaling * rank), {}
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -184,7 +192,7 @@ def _write_own(
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
-        "fan_in_fan_out": any(type(layer.layer.base).__name__ == "Conv1D" for layer in layers),
+        "fan_in_fan_out": any(_is_conv1d(layer.layer.base) for layer in layers),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "target_modules": _targets(model, [layer.path for layer in layers]),
@@ -199,10 +207,6 @@ def _targets(model: nn.Module, paths: list[str]) -> list[str] | str:
     if any(other.endswith(f".{path}") for other in others for path in paths):
         return "|".join(re.escape(path) for path in paths)
     return sorted(paths)
-
-
-def _whole(alpha: float) -> float:
-    return round(alpha) if abs(alpha - round(alpha)) < 1e-12 * abs(alpha) else alpha
 
 
 def _move(source: Path, target: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pyctrlora.files import replacing
+
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
 PREFIX = "ctrlora/"
@@ -78,12 +80,13 @@ class CsvWriter:
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, ["step", *self._names], lineterminator="\n").writerow(row)
             return
-        temporary = self.path.with_name(f"{self.path.name}.tmp{os.getpid()}")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            replacing(self.path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             table = csv.DictWriter(file, ["step", *self._names], lineterminator="\n")
             table.writeheader()
             table.writerows(self._rows)
-        temporary.replace(self.path)
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -46,6 +46,7 @@ BENCHMARK(engine_step)
     ->Args({8, 512})
     ->Args({32, 512})
     ->Args({8, 2048})
+    ->Args({56, 64})  // little but the rank-space algebra of a 7B model's 56 pairs
     ->Unit(benchmark::kMillisecond)
     ->UseRealTime();
 

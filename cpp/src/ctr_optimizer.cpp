@@ -95,6 +95,24 @@ CTROptimizer::CTROptimizer(const std::vector<torch::optim::OptimizerParamGroup>&
                "AdamW. Remedy: build the model with ctrlora::LoRALinear, or call ",
                "ctrlora::register_pair() before the optimizer is built.");
   }
+  if (defaults.rank_budget() != 0.0) {
+    schedule_ranks(defaults);
+  }
+}
+
+void CTROptimizer::schedule_ranks(const CTROptions& defaults) {
+  CTRLORA_CHECK(defaults.total_steps() > 0, kWhere,
+                "expected total_steps with rank_budget: the schedule is in shares of the run. ",
+                "Remedy: CTROptions().total_steps(...).");
+  std::vector<RankLayer> layers;
+  layers.reserve(pairs_.size());
+  for (const LoraPair& pair : pairs_) {
+    layers.push_back({pair.name, pair.out_features(), pair.in_features(), pair.rank()});
+  }
+  RankOptions ranks;
+  ranks.schedule.total_steps = defaults.total_steps();
+  ranks.budget = budget_from_fraction(layers, defaults.rank_budget(), ranks.rules);
+  engine_->schedule_ranks(ranks);
 }
 
 void CTROptimizer::add_param_group(const torch::optim::OptimizerParamGroup& group) {
@@ -271,9 +289,9 @@ const CTROptions& CTROptimizer::options_of(size_t group) const {
 }
 
 std::map<std::string, int64_t> CTROptimizer::ranks() const {
-  std::map<std::string, int64_t> out;
+  std::map<std::string, int64_t> out = engine_->ranks();
   for (const LoraPair& pair : pairs_) {
-    out[pair.name] = pair.rank();
+    out.emplace(pair.name, pair.rank());  // those that AdamW trains
   }
   return out;
 }
@@ -281,7 +299,6 @@ std::map<std::string, int64_t> CTROptimizer::ranks() const {
 // Keys of an archive may hold no dots, names of layers do: tensors are numbered, names a list.
 void CTROptimizer::save(torch::serialize::OutputArchive& archive) const {
   archive.write("ctrlora_version", c10::IValue(kArchiveVersion));
-  archive.write("total_steps", c10::IValue(options_of(0).total_steps()));
   const c10::List<std::string> names;
   for (const auto& [name, tensor] : engine_->named_tensors()) {
     archive.write("tensors/" + std::to_string(names.size()), tensor, /*is_buffer=*/true);

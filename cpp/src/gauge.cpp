@@ -5,7 +5,6 @@
 #include <ATen/ops/eye.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/maximum.h>
-#include <ATen/ops/sort.h>
 
 #include "detail/small_matrix.h"
 #include "detail/tensor_math.h"

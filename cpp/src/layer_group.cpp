@@ -1,13 +1,8 @@
 #include "ctrlora/layer_group.h"
 
-#include <ATen/ops/arange.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/eye.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/full_like.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -28,16 +23,6 @@ namespace {
 
 at::ScalarType statistics_dtype(const at::Tensor& param) {
   return param.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// One EMA step with its weight: biased sum and the sum of its coefficients.
-void ema(const at::Tensor& value,
-         const at::Tensor& weight,
-         const at::Tensor& sample,
-         const at::Tensor& live,
-         double beta) {
-  value.copy_(at::where(live, beta * value + (1 - beta) * sample, value));
-  weight.copy_(at::where(live, beta * weight + (1 - beta), weight));
 }
 
 }  // namespace
@@ -189,8 +174,8 @@ void LayerGroup::update_rms(const DirectionSquare& direction) {
   // Right after a restart of the factors the mean is in another metric's units.
   const at::Tensor mean = part(rms_square_) / part(rms_weight_).clamp_min(1e-300);
   const at::Tensor sample = detail::bounded_sample(direction.square, mean, part(factors_.seen) > 1);
-  ema(part(rms_square_), part(rms_weight_), sample, part(grad_ok_).logical_and(direction.ok),
-      options_.rms_beta);
+  detail::ema(part(rms_square_), part(rms_weight_), sample,
+              part(grad_ok_).logical_and(direction.ok), options_.rms_beta);
 }
 
 Measurement LayerGroup::measure(const GroupSettings& settings) const {
@@ -254,7 +239,7 @@ void LayerGroup::finish() {
     balance_gauge();
   }
   parameters_->remember();
-  want();
+  observe_next(true);
 }
 
 std::vector<LoraPair> LayerGroup::take_failed() {
@@ -301,10 +286,9 @@ std::vector<std::pair<std::string, at::Tensor>> LayerGroup::named_tensors() cons
                                                          {"output.ww", output_.ww},
                                                          {"output.uw", output_.uw},
                                                          {"probe_a", parameters_->probe_a()},
-                                                         {"probe_b", parameters_->probe_b()},
-                                                         {"share_set", observations_->share_set()}};
-  for (const auto& item : factors_.named_tensors()) {
-    out.push_back(item);
+                                                         {"probe_b", parameters_->probe_b()}};
+  for (const auto& part : {observations_->named_tensors(), factors_.named_tensors()}) {
+    out.insert(out.end(), part.begin(), part.end());
   }
   if (may_lag_) {
     for (const auto& [name, tensor] : back_.named_tensors()) {
@@ -325,7 +309,7 @@ void LayerGroup::after_load(int64_t age) {
   observations_->resume(factors_);
   refreshing_ = age > 0 && lags(age - 1) ? due(age - 1, options_.factor_every) : Range{0, 0};
   refresh_metrics();
-  want();
+  observe_next(true);
 }
 
 }  // namespace ctrlora

@@ -1,11 +1,11 @@
 // What a LayerGroup observes: which layers on which step, and how it enters the factors.
-#include <ATen/ops/where.h>
 
 #include "ctrlora/layer_group.h"
 #include "detail/group_ranks.h"
 #include "detail/parameter_slabs.h"
 #include "detail/pending_observations.h"
 #include "detail/tall_skinny.h"
+#include "detail/tensor_math.h"
 
 namespace ctrlora {
 
@@ -27,23 +27,11 @@ LayerGroup::Range LayerGroup::observed() const {
                                              : due(age_, options_.factor_every);
 }
 
-void LayerGroup::want() {
-  const Range range = observed();
+void LayerGroup::observe_next(bool on) {
+  const Range range = on ? observed() : Range{0, 0};
   for (int64_t l = 0; l < layers(); ++l) {
     if (slots_[l] != nullptr) {
       slots_[l]->set_wanted(l >= range.begin && l < range.end);
-    }
-  }
-}
-
-void LayerGroup::observe_next(bool on) {
-  if (on) {
-    want();
-    return;
-  }
-  for (const auto& slot : slots_) {
-    if (slot != nullptr) {
-      slot->set_wanted(false);
     }
   }
 }
@@ -68,9 +56,7 @@ void LayerGroup::enter_traces(const at::Tensor& traces) {
   const at::Tensor unit = unit_trace(parameters_->a(), parameters_->b());
   const at::Tensor c = traces.to(unit.device()) / (scaling_.square() * unit);
   const at::Tensor known = c.isfinite();
-  const double beta = options_.factor_beta;
-  trace_sum_.copy_(at::where(known, beta * trace_sum_ + (1 - beta) * c, trace_sum_));
-  trace_weight_.copy_(at::where(known, beta * trace_weight_ + (1 - beta), trace_weight_));
+  detail::ema(trace_sum_, trace_weight_, c, known, options_.factor_beta);
 }
 
 LayerGroup::Curvature LayerGroup::curvature() const {
@@ -90,7 +76,7 @@ void LayerGroup::connect(const std::shared_ptr<LayerGroup>& self) {
       self->slots_[l]->connect(self, l);
     }
   }
-  self->want();
+  self->observe_next(true);
 }
 
 int64_t LayerGroup::micro_batch(int64_t layer) const {
@@ -99,7 +85,7 @@ int64_t LayerGroup::micro_batch(int64_t layer) const {
 
 void LayerGroup::observe(int64_t layer, const Observation& observation) {
   if (ranks_ != nullptr) {
-    ranks_->add(layer, observation, micro_batch(layer) == 0, options_.loss_scale);
+    ranks_->add(layer, observation, micro_batch(layer) == 0);
   }
   observations_->add(layer, observation, factors_);
 }
@@ -111,6 +97,9 @@ void LayerGroup::set_processes(const std::shared_ptr<const Processes>& processes
 
 void LayerGroup::drop_observations() {
   observations_->clear();
+  if (ranks_ != nullptr) {
+    ranks_->drop();
+  }
 }
 
 std::pair<at::Tensor, at::Tensor> LayerGroup::raw_gradients(Range range) const {
@@ -164,6 +153,9 @@ void LayerGroup::commit_observations(SideStream& side) {
     }
   }
   observations_->clear();
+  if (ranks_ != nullptr) {
+    ranks_->commit(options_.loss_scale);
+  }
   if (changed.begin < changed.end) {
     refresh_metrics();
   }

@@ -1,6 +1,5 @@
 #include "ctrlora/observation.h"
 
-#include <ATen/ops/arange.h>
 #include <ATen/ops/tensor.h>
 
 #include <algorithm>

@@ -77,15 +77,6 @@ bool RankSchedule::due(int64_t steps) const {
          (steps - first_event()) % interval() == 0;
 }
 
-bool RankSchedule::scoring(int64_t steps, int64_t window) const {
-  if (steps >= last_event()) {
-    return false;
-  }
-  const int64_t past = std::max<int64_t>(0, steps + 1 - first_event());
-  const int64_t next = first_event() + (past + interval() - 1) / interval() * interval();
-  return next - steps <= window;
-}
-
 int64_t RankSchedule::budget_at(int64_t steps, int64_t budget, int64_t allocated) const {
   if (!descend || steps >= last_event()) {
     return budget;
@@ -187,21 +178,6 @@ std::vector<LayerPlan> plan_ranks(const std::vector<RankLayer>& layers,
   planner.shrink();
   planner.grow();
   return planner.plan();
-}
-
-std::vector<RankEvent> rank_events(const std::vector<RankLayer>& layers,
-                                   const std::vector<LayerPlan>& plan,
-                                   int64_t step) {
-  CTRLORA_CHECK(layers.size() == plan.size(), kWhere, "expected a plan for each of ", layers.size(),
-                " layers; got ", plan.size(), ".");
-  std::vector<RankEvent> events;
-  for (size_t l = 0; l < layers.size(); ++l) {
-    const LayerPlan& own = plan[l];
-    if (!own.dropped.empty() || !own.grown.empty()) {
-      events.push_back({step, layers[l].name, own.from, own.to, own.utility});
-    }
-  }
-  return events;
 }
 
 }  // namespace ctrlora

@@ -2,7 +2,6 @@
 
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/diag_embed.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
 #include "detail/small_matrix.h"

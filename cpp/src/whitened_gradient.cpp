@@ -21,6 +21,8 @@
 namespace ctrlora {
 
 using detail::as_column;
+using detail::gram_root;
+using detail::GramRoot;
 using detail::small_bmm;
 using detail::tall_gram;
 
@@ -35,22 +37,7 @@ double rounding_of(const at::Tensor& slab) {
   return slab.scalar_type() == at::kDouble ? 1e-14 : 2e-6;
 }
 
-// Gram = V diag(e) V^T as root = V e^1/2 and inverse = V e^-1/2, directions of no size left out.
-struct GramRoot {
-  at::Tensor root, inverse;  // (L, p, p) float64
-};
-
-GramRoot gram_root(const at::Tensor& gram, double rounding) {
-  const detail::Eigh eigh = detail::symmetric_eigh(gram);
-  const at::Tensor largest = eigh.values.amax(-1, /*keepdim=*/true);
-  const at::Tensor counts = (eigh.values > largest * rounding).logical_and(eigh.values > 0);
-  const at::Tensor zero = at::zeros_like(eigh.values);
-  const at::Tensor root = at::where(counts, eigh.values, zero).sqrt();
-  const at::Tensor inverse = at::where(counts, eigh.values.clamp_min(1e-300).rsqrt(), zero);
-  return {eigh.vectors * root.unsqueeze(-2), eigh.vectors * inverse.unsqueeze(-2)};
-}
-
-// The same, with layers that hold NaN or inf zeroed: they come out as not ok, not as exceptions.
+// Layers that hold NaN or inf zeroed: they come out as not ok, not as exceptions.
 at::Tensor finite_or_zero(const at::Tensor& x, const at::Tensor& ok) {
   return detail::select_layers(ok, x, at::zeros_like(x));
 }

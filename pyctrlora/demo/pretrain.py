@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from pyctrlora.demo.data import BytePairTokenizer, batches, source_code, split
 from pyctrlora.demo.model import GPT, GPTConfig
+from pyctrlora.files import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,13 +121,8 @@ def _save(path: Path, base: Base) -> None:
         "code_loss": repr(base.code_loss),
         "seconds": repr(base.seconds),
     }
-    # A run that is cut off, or a second one beside it, never leaves half a file under the name.
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        save_file(base.model.state_dict(), unfinished, metadata=meta)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        save_file(base.model.state_dict(), temporary, metadata=meta)
 
 
 def _pretrain(settings: Pretraining) -> Base:

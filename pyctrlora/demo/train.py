@@ -18,7 +18,7 @@ from pyctrlora.demo.data import batches
 from pyctrlora.demo.pretrain import mean_loss, token_loss, warm_up_and_decay
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from pyctrlora.demo.job import Job
 
@@ -38,6 +38,7 @@ class Settings:
         evaluations: validation passes of a run beside the one before its first step.
         quick: AdamW runs once, with the second of its learning rates, instead of the sweep.
         budget: CTROptimizer's `rank_budget`; None keeps every direction.
+        options: further ones of CTROptimizer.
     """
 
     steps: int = 120
@@ -48,6 +49,7 @@ class Settings:
     evaluations: int = 12
     quick: bool = False
     budget: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -225,9 +227,8 @@ def summary(run: Run) -> str:
 def _make_optimizer(model: nn.Module, optimizer: str, lr: float, settings: Settings) -> Any:
     if optimizer == CTR:
         pyctrlora.attach(model)
-        return pyctrlora.CTROptimizer(
-            model.parameters(), lr=lr, rank_budget=settings.budget, total_steps=settings.steps
-        )
+        own = {"rank_budget": settings.budget, "total_steps": settings.steps, **settings.options}
+        return pyctrlora.CTROptimizer(model.parameters(), lr=lr, **own)
     trainable = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=True)
 

@@ -1,10 +1,12 @@
 """Lightning: `configure_optimizers` returns a `CTROptimizer`; this callback logs its numbers.
 
-class Module(lightning.LightningModule):
-def configure_optimizers(self):
-return pyctrlora.CTROptimizer.from_model(self, lr=0.1)
+Example::
 
-lightning.Trainer(callbacks=[CTRCallback(every=10)]).fit(Module(), loader)
+    class Module(lightning.LightningModule):
+        def configure_optimizers(self):
+            return pyctrlora.CTROptimizer.from_model(self, lr=0.1)
+
+    lightning.Trainer(callbacks=[CTRCallback(every=10)]).fit(Module(), loader)
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from pyctrlora.writers import Writer
 
 
-class CTRCallback(Callback):  # type: ignore[misc]
+class CTRCallback(Callback):  # type: ignore[misc]  # untyped base
     """Logs `metrics()` to the Trainer's loggers, and to writers of ours.
 
     Under "16-mixed" it also tells the optimizer the loss scale, without which the predicted KL is

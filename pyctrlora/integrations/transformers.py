@@ -1,20 +1,22 @@
 """transformers' Trainer, and TRL's, which are Trainers.
 
-trainer = Trainer(model, args, train_dataset=data,
-optimizer_cls_and_kwargs=(CTROptimizerFactory, {"lr": 0.1}))
-CTRCallback(CsvWriter("run/metrics.csv")).add_to(trainer)
-trainer.train(resume_from_checkpoint=True)
+Example::
+
+    trainer = Trainer(model, args, train_dataset=data,
+                      optimizer_cls_and_kwargs=(CTROptimizerFactory, {"lr": 0.1}))
+    CTRCallback(CsvWriter("run/metrics.csv")).add_to(trainer)
+    trainer.train(resume_from_checkpoint=True)
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from pyctrlora.files import replacing
 from pyctrlora.optimizer import CTROptimizer
 from pyctrlora.writers import tagged
 
@@ -41,7 +43,7 @@ class CTROptimizerFactory:
         return CTROptimizer.from_model(model, **settings)
 
 
-class CTRCallback(TrainerCallback):  # type: ignore[misc]
+class CTRCallback(TrainerCallback):  # type: ignore[misc]  # untyped base
     """Logs `metrics()` whenever the Trainer logs, and saves the ranks with each checkpoint.
 
     The numbers join the Trainer's own under "ctrlora/": in `trainer.state.log_history`, and, if
@@ -89,9 +91,8 @@ class CTRCallback(TrainerCallback):  # type: ignore[misc]
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if optimizer is None or not state.is_world_process_zero or not folder.is_dir():
             return
-        temporary = folder / f"{RANKS_FILE}.tmp{os.getpid()}"
-        temporary.write_text(json.dumps(optimizer.ranks(), indent=1), "utf-8")
-        temporary.replace(folder / RANKS_FILE)
+        with replacing(folder / RANKS_FILE) as temporary:
+            temporary.write_text(json.dumps(optimizer.ranks(), indent=1), "utf-8")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Closes the writers."""

@@ -211,6 +211,17 @@ TEST_CASE("a checked step runs the closure twice on the same random numbers, wit
   CHECK(same_bits(grads[0], grads[1]));
 }
 
+TEST_CASE("a rank budget holds from the first step on") {
+  Net own;
+  CTROptimizer opt(own.parameters(), CTROptions(0.1).total_steps(40).rank_budget(0.5));
+  CHECK(opt.ranks() == std::map<std::string, int64_t>{{"first", 2}, {"second", 2}});
+  own.train(opt, 1);
+  CHECK(opt.ranks() == std::map<std::string, int64_t>{{"first", 1}, {"second", 1}});
+  const double first = own.loss().item<double>();
+  CHECK(own.train(opt, 12) < first);
+  CHECK(opt.ranks() == std::map<std::string, int64_t>{{"first", 1}, {"second", 1}});
+}
+
 TEST_CASE("zero_grad takes the rows of a backward that leads to no step along") {
   Net own, other;
   CTROptimizer opt(own.parameters()), plain(other.parameters());
@@ -297,6 +308,10 @@ TEST_CASE("parameters and numbers that cannot be trained") {
   CHECK(contains(message(net.parameters(), CTROptions(-0.1)), "lr = -0.1. Violated constraint"));
   CHECK(contains(message(net.parameters(), CTROptions().fallback_lr(-1)), "lr = -1. Violated"));
   CHECK(contains(message(net.parameters(), CTROptions().total_steps(-1)), "total_steps = -1."));
+  CHECK(contains(message(net.parameters(), CTROptions().rank_budget(0.5)),
+                 "expected total_steps with rank_budget"));
+  CHECK(contains(message(net.parameters(), CTROptions().total_steps(9).rank_budget(1.5)),
+                 "rank_budget = 1.5. Violated constraint: a fraction in (0, 1]"));
   Warnings warnings;
   CTROptimizer plain({w.detach().clone().requires_grad_()});
   CHECK(contains(warnings.text, "found no LoRA pair among its parameters and trains all of them"));

@@ -1,5 +1,6 @@
 #include "ctrlora/rank_scheduler.h"
 
+#include <algorithm>
 #include <limits>
 #include <numeric>
 #include <string>
@@ -32,6 +33,10 @@ Ranks ranks_of(const std::vector<LayerPlan>& plan) {
   return ranks;
 }
 
+bool still(const LayerPlan& layer) {
+  return layer.dropped.empty() && layer.grown.empty();
+}
+
 }  // namespace
 
 TEST_CASE("rank schedule: events at 5 %, then every max(50 steps, 2 %), until 70 %") {
@@ -54,20 +59,6 @@ TEST_CASE("rank schedule: events at 5 %, then every max(50 steps, 2 %), until 70
   CHECK(events({.total_steps = 100}) == Ranks{5, 55});
   CHECK(events({.total_steps = 1}).empty());
   CHECK(events({.total_steps = 30, .min_steps = 3}) == Ranks{2, 5, 8, 11, 14, 17, 20});
-}
-
-TEST_CASE("rank schedule: the scoring window ends at an event") {
-  const RankSchedule schedule{.total_steps = 400};
-  Ranks scored;
-  for (int64_t t = 0; t < 130; ++t) {
-    if (schedule.scoring(t, 3)) {
-      scored.push_back(t);
-    }
-  }
-  CHECK(scored == Ranks{17, 18, 19, 67, 68, 69, 117, 118, 119});
-  CHECK(schedule.scoring(269, 3));
-  CHECK_FALSE(schedule.scoring(270, 1000));
-  CHECK_FALSE(RankSchedule{.total_steps = 1}.scoring(0, 10));
 }
 
 TEST_CASE("rank schedule: cubic descent from all that is allocated to the budget") {
@@ -136,7 +127,7 @@ TEST_CASE("plan: nothing happens without a reason") {
   const std::vector<LayerPlan> plan =
       plan_ranks(kThree, {{{3, 1}, {}}, {{2}, {0, -1}}, {{5}, {}}}, 100, {});
   CHECK(ranks_of(plan) == Ranks{2, 1, 1});
-  CHECK(rank_events(kThree, plan, 7).empty());
+  CHECK(std::all_of(plan.begin(), plan.end(), still));
 }
 
 TEST_CASE("plan: over the budget the least useful per parameter go, by index") {
@@ -164,12 +155,9 @@ TEST_CASE("plan: free room is filled by the best, exchanges need the hysteresis"
   plan = plan_ranks(kThree, {{{3}, {2.6}}, {{2, 4}, {}}, {{50}, {}}}, 70, rules);
   CHECK(ranks_of(plan) == Ranks{2, 1, 1});
   CHECK(plan[1].dropped == Ranks{0});
-  const auto events = rank_events(kThree, plan, 7);
-  REQUIRE(events.size() == 2);
-  CHECK(events[0].step == 7);
-  CHECK(events[0].layer == "x");
-  CHECK((events[0].from == 1 && events[0].to == 2));
-  CHECK(events[1].utility == doctest::Approx(-2.0));
+  CHECK(std::count_if(plan.begin(), plan.end(), still) == 1);
+  CHECK((plan[0].from == 1 && plan[0].to == 2));
+  CHECK(plan[1].utility == doctest::Approx(-2.0));
   // A NaN keeps its place: nobody knows what it is worth.
   const double nan = std::numeric_limits<double>::quiet_NaN();
   plan = plan_ranks(kThree, {{{3}, {99}}, {{nan, nan}, {nan}}, {{50}, {}}}, 70, rules);
@@ -193,7 +181,7 @@ TEST_CASE("plan: a full layer replaces its own; min_rank holds") {
   CHECK(ranks_of(plan) == Ranks{4, 1, 1});
   CHECK(plan[0].dropped == Ranks{1});
   CHECK(plan[0].grown == Ranks{0});
-  CHECK(rank_events(kThree, plan, 1).size() == 1);
+  CHECK(std::count_if(plan.begin(), plan.end(), still) == 2);
   plan = plan_ranks(kThree, {{{5}, {8, 8, 8}}, {{.1}, {}}, {{.1}, {}}}, 60, rules);
   CHECK(ranks_of(plan) == Ranks{1, 1, 1});  // x replaces its own; y and z keep their last one
   CHECK(plan[0].dropped == Ranks{0});
@@ -216,5 +204,4 @@ TEST_CASE("plan: wrong sizes are named") {
                  "layer 'x' has 5 utilities"));
   CHECK(contains(error_of([] { allocate_ranks(kThree, {}, 100, {}); }), "each of 3 layers; got 0"));
   CHECK(contains(error_of([] { used_parameters(kThree, {1}); }), "each of 3 layers; got 1"));
-  CHECK(contains(error_of([] { rank_events(kThree, {}, 1); }), "each of 3 layers; got 0"));
 }

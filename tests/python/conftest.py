@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pyctrlora
+from pyctrlora.adapters import adapter_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 
 class Net(nn.Module):
@@ -138,6 +139,19 @@ def products() -> Callable[[Any], dict[str, Tensor]]:
         return {p.name: (p.scaling * p.b @ p.a).detach().clone() for p in pairs}
 
     return read
+
+
+@pytest.fixture
+def switch_off() -> Callable[..., None]:
+    """`switch_off(model, ranks)`: zeroes first directions of its layers down to these ranks."""
+
+    def change(model: nn.Module, ranks: Mapping[str, int]) -> None:
+        for layer in adapter_layers(model):
+            with torch.no_grad():
+                for i in range(layer.rank - ranks[layer.path]):
+                    layer.a[i], layer.b[:, i] = 0.0, 0.0
+
+    return change
 
 
 @pytest.fixture

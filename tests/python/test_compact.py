@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -13,19 +13,7 @@ import pyctrlora
 from pyctrlora import CTROptimizer, attach, compact
 from pyctrlora.adapters import adapter_layers
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 RANKS = {"first": 1, "second": 3, "third": 2}
-
-
-def switch_off(model: nn.Module, ranks: Mapping[str, int] = RANKS) -> None:
-    """Leaves that many directions of each layer, not the first ones."""
-    for layer in adapter_layers(model):
-        off = range(layer.rank - ranks[layer.path])
-        with torch.no_grad():
-            for i in off:
-                layer.a[i], layer.b[:, i] = 0.0, 0.0
 
 
 def ranks_of(model: nn.Module) -> dict[str, int]:
@@ -33,14 +21,14 @@ def ranks_of(model: nn.Module) -> dict[str, int]:
 
 
 @pytest.fixture
-def masked(net: Any) -> Any:
+def masked(net: Any, switch_off: Any) -> Any:
     """`masked(kind)`: an attached model with directions off."""
 
     def build(kind: str, **config: Any) -> Any:
         model = net(kind, rank=4, alpha=8.0, **config)
         if kind == "peft":
             attach(model)
-        switch_off(model)
+        switch_off(model, RANKS)
         return model
 
     return build
@@ -82,7 +70,7 @@ def test_peft_numbers_agree(masked, rslora):
         assert inner.lora_A["default"].out_features == inner.lora_B["default"].in_features == r
 
 
-def test_a_layer_without_active_directions_keeps_one(net):
+def test_a_layer_without_active_directions_keeps_one(net, switch_off):
     model = net("own", rank=4)
     switch_off(model, {"first": 0, "second": 4, "third": 4})
     assert compact(model) == {"first": 1, "second": 4, "third": 4}
@@ -91,7 +79,9 @@ def test_a_layer_without_active_directions_keeps_one(net):
 
 @pytest.mark.parametrize("kind", ["own", "peft"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_state_follows_and_training_goes_on(net, batches, train, state, kind, dtype):
+def test_the_state_follows_and_training_goes_on(
+    net, batches, train, state, kind, dtype, switch_off
+):
     model = net(kind, rank=4, dtype=dtype)
     if kind == "peft":
         attach(model)
@@ -99,7 +89,7 @@ def test_the_state_follows_and_training_goes_on(net, batches, train, state, kind
     data = batches(12, dtype=dtype)
     train(model, opt, data[:6])
     scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)
-    switch_off(model)
+    switch_off(model, RANKS)
     before = state(opt)
     group, steps = opt.param_groups[0]["params"], opt.metrics()["steps"]
     compact(model, opt)
@@ -133,7 +123,7 @@ def test_nothing_to_shrink_changes_nothing(net, batches, train, state, trained, 
     same(state(opt), state(other))
 
 
-def test_groups_heads_and_copies_follow(net, batches, train):
+def test_groups_heads_and_copies_follow(net, batches, train, switch_off):
     model = net("none")
     pyctrlora.add_lora(model, rank=4, targets=["first", "second"])
     model.third.requires_grad_(True)
@@ -154,12 +144,12 @@ def test_groups_heads_and_copies_follow(net, batches, train):
     assert train(twin, copied, data[4:]) == losses
 
 
-def test_a_saved_state_fits_a_model_of_these_ranks(net, batches, train, trained, same):
+def test_a_saved_state_fits_a_model_of_these_ranks(net, batches, train, trained, same, switch_off):
     model = net("own", rank=4)
     opt = CTROptimizer(model.parameters())
     data = batches(8)
     train(model, opt, data[:4])
-    switch_off(model)
+    switch_off(model, RANKS)
     compact(model, opt)
     weights, saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
     train(model, opt, data[4:])
@@ -186,7 +176,7 @@ def test_refuses_what_holds_the_old_shapes(net):
         compact(net("own"), CTROptimizer(net("own").parameters()))
 
 
-def test_refuses_ddp(net, tmp_path):
+def test_refuses_ddp(net, tmp_path, switch_off):
     distributed = torch.distributed
     distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

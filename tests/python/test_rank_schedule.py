@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import pyctrlora
 from pyctrlora import CTROptimizer, attach
@@ -21,13 +20,6 @@ TOTAL = 260  # events at 13, 63, 113, 163
 
 def used(opt: CTROptimizer) -> int:
     return sum(COST[name.rpartition(".")[2]] * rank for name, rank in opt.ranks().items())
-
-
-def switch_off(model: nn.Module, ranks: dict[str, int]) -> None:
-    for layer in adapter_layers(model):
-        with torch.no_grad():
-            for i in range(layer.rank - ranks[layer.path]):
-                layer.a[i], layer.b[:, i] = 0.0, 0.0
 
 
 @pytest.fixture
@@ -45,7 +37,9 @@ def budgeted(net: Any) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_directions_that_are_off_stay_off_and_cost_nothing(net, batches, train, state, dtype):
+def test_directions_that_are_off_stay_off_and_cost_nothing(
+    net, batches, train, state, dtype, switch_off
+):
     """A masked pair trains as the same pair without those directions."""
     data = batches(30, dtype=dtype)
     runs = []
@@ -114,7 +108,9 @@ def test_events_are_logged_and_add_up(budgeted, batches, train):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_growth_leaves_the_function_and_finds_what_is_missing(net, batches, train, products, seed):
+def test_growth_leaves_the_function_and_finds_what_is_missing(
+    net, batches, train, products, seed, switch_off
+):
     """A layer that is kept down to rank 1 gets its directions when the budget allows."""
     model = net("own", rank=4, seed=seed)
     switch_off(model, {"first": 1, "second": 1, "third": 1})

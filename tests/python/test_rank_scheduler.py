@@ -107,9 +107,6 @@ def test_schedules_are_consistent(total: int, min_steps: int, descend: bool) -> 
         range(schedule.first_event(), schedule.last_event() + 1, schedule.interval())
     )
     assert all(0.05 * total - 1 <= t <= 0.7 * total + 1 for t in due)
-    window = min(5, schedule.interval())
-    scored = [t for t in range(total) if schedule.scoring(t, window)]
-    assert scored == sorted({t - k for t in due for k in range(1, window + 1) if t >= k})
     if descend and due:
         allowed = [schedule.budget_at(t, 100, 900) for t in range(total + 1)]
         assert allowed == sorted(allowed, reverse=True)

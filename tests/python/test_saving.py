@@ -18,15 +18,8 @@ safetensors = pytest.importorskip("safetensors.torch")
 RANKS = {"first": 1, "second": 3, "third": 2}
 
 
-def switch_off(model: nn.Module, ranks: dict[str, int]) -> None:
-    for layer in adapter_layers(model):
-        with torch.no_grad():
-            for i in range(layer.rank - ranks[layer.path]):
-                layer.a[i], layer.b[:, i] = 0.0, 0.0
-
-
 @pytest.fixture
-def masked(net: Any) -> Any:
+def masked(net: Any, switch_off: Any) -> Any:
     def build(kind: str, ranks: dict[str, int] = RANKS, **config: Any) -> Any:
         model = net(kind, rank=4, alpha=6.0, **config)
         switch_off(model, ranks)
@@ -107,7 +100,7 @@ def test_another_adapters_name_and_frozen_adapters(net, batches, tmp_path):
     assert (loaded(net, tmp_path)(x) - model(x)).abs().max() < 1e-6
 
 
-def test_paths_that_are_endings_of_others(tmp_path):
+def test_paths_that_are_endings_of_others(tmp_path, switch_off):
     class Nested(nn.Module):
         def __init__(self) -> None:
             super().__init__()

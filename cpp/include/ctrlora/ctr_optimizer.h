@@ -65,12 +65,21 @@ class CTRLORA_API CTROptions : public torch::optim::OptimizerCloneableOptions<CT
   CTRLORA_GROUP_OPTION(double, fallback_weight_decay, 0.0);
 
  public:
-  /// Steps of the whole run, >= 0; 0: not known. Of the optimizer, not of a group.
+  /// Steps of the whole run, >= 0; 0: not known. A rank budget's schedule is in shares of it. Of
+  /// the optimizer, not of a group.
   CTROptions& total_steps(int64_t steps) {
     total_steps_ = steps;
     return *this;
   }
   [[nodiscard]] int64_t total_steps() const { return total_steps_; }
+  /// Share of the allocated parameters that may be active, in (0, 1], over the pairs that the
+  /// optimizer is built with; needs total_steps. 0: every direction stays active. Of the optimizer,
+  /// not of a group. Engine::schedule_ranks takes finer settings.
+  CTROptions& rank_budget(double share) {
+    rank_budget_ = share;
+    return *this;
+  }
+  [[nodiscard]] double rank_budget() const { return rank_budget_; }
   /// Settings of the engine. Of the optimizer, not of a group; its fallback_lr is set from ours.
   CTROptions& engine(Options options) {
     engine_ = std::move(options);
@@ -93,6 +102,7 @@ class CTRLORA_API CTROptions : public torch::optim::OptimizerCloneableOptions<CT
   friend class CTROptimizer;
   [[nodiscard]] CTROptions as_fallback() const;
   int64_t total_steps_ = 0;
+  double rank_budget_ = 0.0;
   Options engine_;
   double first_lr_ = 0.0;  // the first that is not 0: the Fisher ball shrinks relative to it
   bool is_fallback_ = false;
@@ -140,7 +150,7 @@ class CTRLORA_API CTROptimizer : public torch::optim::Optimizer {
   /// of another format, other groups or other layers.
   void load(torch::serialize::InputArchive& archive) override;
 
-  /// Rank of each pair by its name.
+  /// Active directions of each pair by its name; reading synchronises.
   [[nodiscard]] std::map<std::string, int64_t> ranks() const;
   /// Flat numbers about the last step; reading synchronises.
   [[nodiscard]] std::map<std::string, double> metrics() const { return engine_->metrics(); }
@@ -155,6 +165,7 @@ class CTRLORA_API CTROptimizer : public torch::optim::Optimizer {
   void check_members(const std::vector<at::Tensor>& params) const;
   [[nodiscard]] std::vector<LoraPair> pairs_among(const std::vector<at::Tensor>& params) const;
   void adopt_thawed();
+  void schedule_ranks(const CTROptions& defaults);
   void check_step(const at::Tensor& before,
                   const LossClosure& closure,
                   const std::vector<at::Tensor>& params,

@@ -133,7 +133,6 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   void publish();
   void refresh_metrics();
   void move_state(const at::TensorOptions& options);
-  void want();
   void balance_gauge();
   [[nodiscard]] detail::GroupView view() const;
   [[nodiscard]] double rounding() const;

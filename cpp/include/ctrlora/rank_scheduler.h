@@ -54,8 +54,6 @@ struct CTRLORA_API RankSchedule {
   [[nodiscard]] int64_t last_event() const;   ///< 0 if there is none
   /// Whether ranks change after `steps` steps were taken.
   [[nodiscard]] bool due(int64_t steps) const;
-  /// Whether step number `steps` (from 0) is among the last `window` before an event.
-  [[nodiscard]] bool scoring(int64_t steps, int64_t window) const;
   /// Parameters allowed after `steps` steps: `budget`, or during a descent
   /// budget + (allocated - budget) (1 - progress)^3.
   [[nodiscard]] int64_t budget_at(int64_t steps, int64_t budget, int64_t allocated) const;
@@ -137,10 +135,5 @@ CTRLORA_API std::vector<LayerPlan> plan_ranks(const std::vector<RankLayer>& laye
                                               const std::vector<RankUtilities>& utilities,
                                               int64_t budget,
                                               const RankRules& rules);
-
-/// The layers of a plan whose directions change.
-CTRLORA_API std::vector<RankEvent> rank_events(const std::vector<RankLayer>& layers,
-                                               const std::vector<LayerPlan>& plan,
-                                               int64_t step);
 
 }  // namespace ctrlora

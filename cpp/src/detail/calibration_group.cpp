@@ -119,7 +119,7 @@ void CalibrationGroup::add_to_sketch(int64_t layer, const Observation& observati
   const at::Tensor counts =
       at::linalg_vector_norm(grads, std::numeric_limits<double>::infinity(), {-1}).ne(0);
   rows_[layer].add_(counts.sum());
-  const int64_t share_set = pending_.share_set().const_data_ptr<int64_t>()[layer];
+  const int64_t share_set = pending_.share_set(layer);
   const bool shared = last_.source.defined() && last_.source.is_same(observation.inputs) &&
                       share_set >= 0 && share_set == last_.share_set;
   if (!shared) {

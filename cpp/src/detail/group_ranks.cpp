@@ -1,6 +1,5 @@
 #include "detail/group_ranks.h"
 
-#include <ATen/ops/arange.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/diag_embed.h>
 #include <ATen/ops/full.h>
@@ -38,19 +37,13 @@ at::Tensor product(const at::Tensor& tall, const at::Tensor& small) {  // (L,d,p
 
 constexpr double kFloor = 1e-10;
 
-// 1 / singular value from the eigenvalues of a Gram, largest first; 0 for what is but rounding.
-at::Tensor inverse_size(const Eigh& eigh, at::ScalarType dtype) {
-  const double rounding = dtype == at::kDouble ? 1e-12 : 1e-6;
-  const at::Tensor square = eigh.values.flip(-1);
-  const at::Tensor counts = square > rounding * square.select(-1, 0).unsqueeze(-1);
-  return at::where(counts, square.clamp_min(1e-300).rsqrt(), at::zeros({}, square.options()));
+double rounding_of(const at::Tensor& slab) {
+  return slab.scalar_type() == at::kDouble ? 1e-12 : 1e-6;
 }
 
 // Left singular vectors of (L, d, q) columns, largest first; zero where there is but rounding.
 at::Tensor singular_vectors(const at::Tensor& columns) {
-  const Eigh eigh = symmetric_eigh(tall_gram(columns, columns));
-  return product(columns,
-                 eigh.vectors.flip(-1) * inverse_size(eigh, columns.scalar_type()).unsqueeze(-2));
+  return product(columns, gram_root(tall_gram(columns, columns), rounding_of(columns)).inverse);
 }
 
 }  // namespace
@@ -69,6 +62,9 @@ GroupRanks::GroupRanks(const GroupView& view, const Options& options, int64_t sk
   sum_b_ = at::zeros({layers, m, q}, tall);
   sum_a_ = at::zeros({layers, 2, q, n}, tall);
   steps_ = at::zeros({layers}, at::kDouble);
+  pending_b_ = at::zeros_like(sum_b_);
+  pending_a_ = at::zeros_like(sum_a_);
+  pending_steps_ = at::zeros_like(steps_);
   score_ = at::zeros(view.gram_a.sizes(), small);
   score_steps_ = at::zeros({layers}, small);
 }
@@ -121,7 +117,7 @@ void GroupRanks::begin_split(const GroupView& view) {
   steps_.zero_();
 }
 
-void GroupRanks::add(int64_t layer, const Observation& rows, bool new_step, double loss_scale) {
+void GroupRanks::add(int64_t layer, const Observation& rows, bool new_step) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const SketchPhase now = phase();
   if (now == SketchPhase::kNone || rows.inputs.size(-1) != probe_a_.size(1) ||
@@ -129,28 +125,51 @@ void GroupRanks::add(int64_t layer, const Observation& rows, bool new_step, doub
     return;
   }
   const at::ScalarType dtype = probe_a_.scalar_type();
-  const at::Tensor ok = at::isfinite(rows.inputs)
-                            .all(-1, /*keepdim=*/true)
-                            .logical_and(at::isfinite(rows.output_grads).all(-1, /*keepdim=*/true));
-  const at::Tensor zero = at::zeros({}, rows.inputs.options().dtype(dtype));
-  const at::Tensor x = at::where(ok, rows.inputs.to(dtype), zero);
-  const at::Tensor g =
-      at::where(ok, rows.output_grads.to(dtype), zero) * (rows.row_weight / loss_scale);
+  at::Tensor x = rows.inputs.to(dtype);
+  at::Tensor g = rows.output_grads.to(dtype);
+  const at::Tensor finite = at::isfinite(row_squares(x) + row_squares(g));
+  if (!known_to_be_true(finite)) {
+    const at::Tensor zero = at::zeros({}, x.options());
+    x = at::where(finite.unsqueeze(-1), x, zero);
+    g = at::where(finite.unsqueeze(-1), g, zero);
+  }
+  g = g * rows.row_weight;
+  any_pending_ = true;
   if (now == SketchPhase::kRange) {
-    sum_b_[layer].addmm_(g.t(), at::mm(x, probe_a_[layer]));
+    pending_b_[layer].addmm_(g.t(), at::mm(x, probe_a_[layer]));
   } else {
     const at::Tensor c = at::mm(g, probe_b_[layer]);
     const int64_t half = x.size(0) / 2;
     const auto part = [&](int64_t which, int64_t begin, int64_t end) {
       if (begin < end) {  // scaled to stand for all rows
         const double share = static_cast<double>(x.size(0)) / static_cast<double>(end - begin);
-        sum_a_[layer][which].addmm_(c.slice(0, begin, end).t(), x.slice(0, begin, end), 1, share);
+        pending_a_[layer][which].addmm_(c.slice(0, begin, end).t(), x.slice(0, begin, end), 1,
+                                        share);
       }
     };
     part(0, 0, half);
     part(1, half, x.size(0));
   }
-  steps_[layer] += new_step ? 1.0 : 0.0;
+  pending_steps_[layer] += new_step ? 1.0 : 0.0;
+}
+
+void GroupRanks::commit(double loss_scale) {
+  if (any_pending_) {
+    sum_b_.add_(pending_b_, 1 / loss_scale);
+    sum_a_.add_(pending_a_, 1 / loss_scale);
+    steps_.add_(pending_steps_);
+    drop();
+  }
+}
+
+void GroupRanks::drop() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (any_pending_) {
+    pending_b_.zero_();
+    pending_a_.zero_();
+    pending_steps_.zero_();
+    any_pending_ = false;
+  }
 }
 
 void GroupRanks::score(const at::Tensor& a_grad_a, const at::Tensor& live) {
@@ -188,10 +207,8 @@ GroupScores GroupRanks::scores(const GroupView& view) const {
   const at::Tensor cross = tall_gram(first, second);
   // Directions of one half, judged by the other: sigma_i = u_i^T Z_other v_i.
   const auto judged = [&](const at::Tensor& half) {
-    const Eigh eigh = symmetric_eigh(tall_gram(half, half));
-    const at::Tensor u = eigh.vectors.flip(-1);
-    const at::Tensor inner =
-        (u * small_bmm(cross, u)).sum(-2) * inverse_size(eigh, half.scalar_type());
+    const GramRoot root = gram_root(tall_gram(half, half), rounding_of(half));
+    const at::Tensor inner = (root.inverse * small_bmm(cross, root.vectors)).sum(-2);
     return at::nan_to_num(inner, 0.0, 0.0, 0.0).clamp_min(0);
   };
   const at::Tensor sigma = (judged(first) + judged(second)) / 2;
@@ -238,7 +255,7 @@ std::vector<std::pair<std::string, at::Tensor>> GroupRanks::named_tensors() cons
 }
 
 void GroupRanks::to(const at::TensorOptions& statistics) {
-  for (at::Tensor* tensor : {&probe_a_, &probe_b_, &sum_b_, &sum_a_}) {
+  for (at::Tensor* tensor : {&probe_a_, &probe_b_, &sum_b_, &sum_a_, &pending_b_, &pending_a_}) {
     *tensor = tensor->to(statistics);
   }
   for (at::Tensor* tensor : {&score_, &score_steps_}) {

@@ -46,8 +46,12 @@ class GroupRanks {
 
   /// Enters a phase: clears the sums and draws or orthonormalises its probes.
   void begin(SketchPhase phase, const GroupView& view, uint64_t stream);
-  /// Adds the rows of one backward of one layer. Thread-safe.
-  void add(int64_t layer, const Observation& rows, bool new_step, double loss_scale);
+  /// Adds the rows of one backward of one layer to what is pending. Thread-safe.
+  void add(int64_t layer, const Observation& rows, bool new_step);
+  /// Enters what is pending into the sums: a step is being taken, and its loss scale is known.
+  void commit(double loss_scale);
+  /// Forgets it: the step is not taken.
+  void drop();
   /// Enters <A_i, gradA_j> of one step, whatever its scale: (L, r, r), for the layers in `live`.
   void score(const at::Tensor& a_grad_a, const at::Tensor& live);
   /// Follows the parameters through a change of gauge.
@@ -79,9 +83,12 @@ class GroupRanks {
   at::Tensor probe_a_, probe_b_;  // (L, n, q), (L, m, q): V and U, unwhitened
   at::Tensor sum_b_;              // (L, m, q): G V
   at::Tensor sum_a_;              // (L, 2, q, n): U^T G of both halves
-  at::Tensor steps_;              // (L) float64 steps in the sums
-  at::Tensor score_;              // (L, r, r) float64 sum of A gradA^T
-  at::Tensor score_steps_;        // (L) float64
+  at::Tensor steps_;              // (L) float64 CPU: steps in the sums
+  // The same since the last step; zero, and not added, while nothing is pending.
+  at::Tensor pending_b_, pending_a_, pending_steps_;
+  bool any_pending_ = false;
+  at::Tensor score_;        // (L, r, r) float64 sum of A gradA^T
+  at::Tensor score_steps_;  // (L) float64
 };
 
 }  // namespace ctrlora::detail

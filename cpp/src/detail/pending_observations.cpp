@@ -75,9 +75,21 @@ PendingObservations::PendingObservations(int64_t layers, const Options& options)
       factor_every_(options.factor_every),
       mean_loss_(options.loss_reduction == "mean"),
       sums_(static_cast<size_t>(layers)),
-      started_(static_cast<size_t>(layers)),
-      observed_(static_cast<size_t>(layers)),
-      share_set_(at::full({layers}, -1, at::kLong)) {}
+      share_set_(at::full({layers}, -1, at::kLong)),
+      started_(at::zeros({layers}, at::kBool)),
+      observed_(at::zeros({layers}, at::kBool)) {}
+
+std::vector<std::pair<std::string, at::Tensor>> PendingObservations::named_tensors() const {
+  return {{"share_set", share_set_}, {"started", started_}, {"observed", observed_}};
+}
+
+bool PendingObservations::is(const at::Tensor& flags, int64_t layer) {
+  return flags.const_data_ptr<bool>()[layer];
+}
+
+void PendingObservations::set(const at::Tensor& flags, int64_t layer) {
+  flags.data_ptr<bool>()[layer] = true;
+}
 
 int64_t PendingObservations::micro_batch(int64_t layer) const {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -103,7 +115,7 @@ FactorSketch PendingObservations::input_sketch(int64_t layer,
     *set = same_input && joins(layer) ? last_.set : layer;
   }
   LowRankEigen factor = factors.input.slice(layer, layer + 1);
-  if (!started_[static_cast<size_t>(layer)]) {
+  if (!is(started_, layer)) {
     factor.start_basis(rows.values, at::ones({1}, rows.finite.options()), seed_);
   }
   if (same_input && *set == last_.set) {
@@ -138,7 +150,7 @@ void PendingObservations::add(int64_t layer,
 
   Sums& sums = sums_[static_cast<size_t>(layer)];
   add_sketch(sums.input, input_sketch(layer, observation, inputs, factors));
-  if (!started_[static_cast<size_t>(layer)]) {
+  if (!is(started_, layer)) {
     output.start_basis(grads.values, at::ones({1}, counts.options()), seed_);
   }
   add_sketch(sums.output, output.sketch(grads.values, grads.weights));
@@ -152,11 +164,8 @@ void PendingObservations::add(int64_t layer,
       at::full({1}, static_cast<double>(observation.sequences), weights.options());
   sums.sequences = sums.sequences.defined() ? sums.sequences + sequences : sequences;
   sums.count += 1;
-  // Rows that count for nothing leave no flag, as none would come back from a saved state.
-  if (!known_to_be_true(counts.logical_and(inputs.nonzero.squeeze(0)).logical_not())) {
-    started_[static_cast<size_t>(layer)] = true;
-    observed_[static_cast<size_t>(layer)] = true;
-  }
+  set(started_, layer);
+  set(observed_, layer);
 }
 
 CurvatureSketch PendingObservations::collect(int64_t begin,
@@ -175,7 +184,7 @@ CurvatureSketch PendingObservations::collect(int64_t begin,
   for (int64_t l = begin; l < end; ++l) {
     const Sums& sums = sums_[static_cast<size_t>(l)];
     const bool has = sums.count > 0;
-    const bool needs_proxy = !has && !observed_[static_cast<size_t>(l)];
+    const bool needs_proxy = !has && !is(observed_, l);
     any_proxy = any_proxy || needs_proxy;
     input.push_back(has ? &sums.input : &no_input);
     output.push_back(has ? &sums.output : &no_output);
@@ -224,34 +233,18 @@ void PendingObservations::set_processes(std::shared_ptr<const Processes> process
 
 // No process can start a basis from its own rows: the sums of all must be in one basis.
 void PendingObservations::start_all(KroneckerFactors& factors) {
-  std::vector<uint8_t> missing;
-  for (size_t l = 0; l < sums_.size(); ++l) {
-    missing.push_back(started_[l] ? 0 : 1);
-    started_[l] = true;
-  }
+  const at::Tensor missing = started_.logical_not();
+  started_.fill_(true);
   for (LowRankEigen* factor : {&factors.input, &factors.output}) {
     const at::Tensor& basis = factor->basis();
-    const at::Tensor where = at::tensor(missing, at::kByte).to(basis.device(), at::kBool);
     const at::Tensor rows =
         philox_normal(seed_, 3, {1, factor->sketch_rank(), factor->size()}, basis.options());
-    factor->start_basis(rows.expand({basis.size(0), -1, -1}), where, seed_);
+    factor->start_basis(rows.expand({basis.size(0), -1, -1}), missing.to(basis.device()), seed_);
   }
 }
 
 void PendingObservations::resume(KroneckerFactors& factors) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  // A complete basis is never zero, an unstarted one of k < d is.
-  const auto has_basis = [](const LowRankEigen& factor) {
-    return factor.basis().abs().flatten(1).amax(-1).to(at::kCPU) > 0;
-  };
-  const at::Tensor observed = factors.absolute.to(at::kCPU);
-  // A basis of the gradient proxy starts anew at the first observation.
-  const at::Tensor started =
-      has_basis(factors.input).logical_and(has_basis(factors.output)).logical_and(observed);
-  for (size_t l = 0; l < sums_.size(); ++l) {
-    started_[l] = started.const_data_ptr<bool>()[l];
-    observed_[l] = observed.const_data_ptr<bool>()[l];
-  }
   if (processes_ != nullptr) {
     start_all(factors);
   }

@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -49,12 +50,17 @@ class PendingObservations {
   /// Forgets the sums (a step was taken, or the rows belong to a step that will not be).
   void clear();
 
-  /// (L) int64 share sets: layers with one number receive one input tensor. -1: not known yet.
-  [[nodiscard]] const at::Tensor& share_set() const { return share_set_; }
+  /// What must be saved for a run to go on bit for bit, live: "share_set" (L) int64, layers with
+  /// one number receive one input tensor, -1: not known yet; "started" (L) bool, has a basis from
+  /// rows; "observed" (L) bool, got rows at least once. All on the host: backward asks for them.
+  [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
+  [[nodiscard]] int64_t share_set(int64_t layer) const {
+    return share_set_.const_data_ptr<int64_t>()[layer];
+  }
   /// From now on sums are those of all processes. Bases that rows have not started yet are started
   /// from random numbers, the same in every process. What is pending is dropped.
   void set_processes(std::shared_ptr<const Processes> processes, KroneckerFactors& factors);
-  /// After factors and share sets were loaded.
+  /// After these and the factors were loaded.
   void resume(KroneckerFactors& factors);
 
  private:
@@ -81,9 +87,9 @@ class PendingObservations {
   bool mean_loss_;
   std::shared_ptr<const Processes> processes_;  // null: there is one
   std::vector<Sums> sums_;
-  std::vector<bool> started_;   // has a basis
-  std::vector<bool> observed_;  // was observed at least once
-  at::Tensor share_set_;
+  [[nodiscard]] static bool is(const at::Tensor& flags, int64_t layer);
+  static void set(const at::Tensor& flags, int64_t layer);
+  at::Tensor share_set_, started_, observed_;  // see named_tensors()
   Shared last_;
 };
 

@@ -56,12 +56,11 @@ RankControl::RankControl(const RankOptions& options, const Groups& groups) : opt
   before_ = at::full(size, -1, at::kLong);
   moved_ = at::zeros(size, at::kLong);
   utility_ = at::zeros(size, at::kDouble);
-  first_ranks_ = at::tensor(
-      schedule.descend ? allocate_ranks(layers_, std::vector<std::vector<double>>(layers_.size()),
-                                        allocated(), options_.rules)
-                       : allocate_ranks(layers_, std::vector<std::vector<double>>(layers_.size()),
-                                        options_.budget, options_.rules),
-      at::kLong);
+  const std::vector<std::vector<double>> equal(layers_.size());
+  first_ranks_ =
+      at::tensor(allocate_ranks(layers_, equal, schedule.descend ? allocated() : options_.budget,
+                                options_.rules),
+                 at::kLong);
 }
 
 void RankControl::allocate(const std::map<std::string, std::vector<double>>& utilities) {

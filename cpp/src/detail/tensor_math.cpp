@@ -11,7 +11,6 @@
 #include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
@@ -64,6 +63,15 @@ at::Tensor identity_like(const at::Tensor& matrix) {
 
 }  // namespace
 
+void ema(const at::Tensor& value,
+         const at::Tensor& weight,
+         const at::Tensor& sample,
+         const at::Tensor& live,
+         double beta) {
+  value.copy_(at::where(live, beta * value + (1 - beta) * sample, value));
+  weight.copy_(at::where(live, beta * weight + (1 - beta), weight));
+}
+
 double smallest_trace(int64_t size, at::ScalarType dtype) {
   return static_cast<double>(size) * (dtype == at::kDouble ? 1e-290 : 1e-36);
 }
@@ -105,6 +113,17 @@ Eigh symmetric_eigh(const at::Tensor& matrix) {
   const at::Tensor safe = select_layers(finite_layers(matrix), matrix, identity_like(matrix));
   auto [values, vectors] = at::linalg_eigh((safe + safe.mT()) * 0.5);
   return {values, vectors};
+}
+
+GramRoot gram_root(const at::Tensor& gram, double rounding) {
+  const Eigh eigh = symmetric_eigh(gram);
+  const at::Tensor square = eigh.values.flip(-1);
+  const at::Tensor vectors = eigh.vectors.flip(-1);
+  const at::Tensor counts = (square > rounding * square.narrow(-1, 0, 1)).logical_and(square > 0);
+  const at::Tensor zero = at::zeros({}, square.options());
+  const at::Tensor root = at::where(counts, square, zero).sqrt();
+  const at::Tensor inverse = at::where(counts, square.clamp_min(1e-300).rsqrt(), zero);
+  return {vectors, vectors * root.unsqueeze(-2), vectors * inverse.unsqueeze(-2)};
 }
 
 OrthonormalMap orthonormal_map(const at::Tensor& gram, double eps) {

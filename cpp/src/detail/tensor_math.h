@@ -51,6 +51,14 @@ at::Tensor inner(const at::Tensor& x, const at::Tensor& y);
 /// a CPU the entries are in our memory, elsewhere the answer is no.
 bool known_to_be_true(const at::Tensor& mask);
 
+/// One step of an EMA with its weight, in place: biased sum and the sum of its coefficients, for
+/// the layers in `live` (L) bool. All (L) float64.
+void ema(const at::Tensor& value,
+         const at::Tensor& weight,
+         const at::Tensor& sample,
+         const at::Tensor& live,
+         double beta);
+
 /// The smallest trace of a sum of rows that products in this dtype can tell from nothing.
 double smallest_trace(int64_t size, at::ScalarType dtype);
 
@@ -86,6 +94,16 @@ struct Eigh {
 /// Symmetric eigendecomposition; layers with non-finite input are decomposed as I (mask
 /// beforehand).
 Eigh symmetric_eigh(const at::Tensor& matrix);
+
+/// Square root of a Gram V diag(e) V^T, largest first; directions that are but rounding are zero.
+struct GramRoot {
+  at::Tensor vectors;  // (L, p, p) V
+  at::Tensor root;     // (L, p, p) V e^1/2
+  at::Tensor inverse;  // (L, p, p) V e^-1/2
+};
+
+/// @param rounding relative eigenvalue below which a direction counts as nothing.
+GramRoot gram_root(const at::Tensor& gram, double rounding);
 
 struct OrthonormalMap {
   at::Tensor map;  // (L, k, k) float64
