@@ -157,7 +157,8 @@ TEST_CASE("the engine averages c and compares it with the factors' own") {
   CHECK(own.engine.curvature().at("layer 0").first == doctest::Approx(first));
   CHECK(std::isnan(own.engine.curvature().at("layer 1").first));
   own.engine.enter_traces({{"layer 0", 6.0}});
-  const double mean = (0.95 * first + 6.0 / unit(0)) / 1.95;
+  const double beta = Options().factor_beta;
+  const double mean = (beta * first + 6.0 / unit(0)) / (1 + beta);
   CHECK(own.engine.curvature().at("layer 0").first == doctest::Approx(mean));
   for (size_t l = 0; l < 2; ++l) {  // tr(S (x) Omega) over the parameters of A and of B
     const at::Tensor u = own.state("group0.input.basis")[static_cast<int64_t>(l)];

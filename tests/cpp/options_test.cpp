@@ -78,9 +78,9 @@ TEST_CASE("the defaults are those of the documentation and are valid") {
   CHECK(options.sample_rows == 256);
   CHECK(options.factor_every == 3);
   CHECK(options.factor_warmup_steps == 5);
-  CHECK(options.factor_beta == 0.95);
+  CHECK(options.factor_beta == 0.6);
   CHECK(options.damping == 0.01);
-  CHECK(options.whitening == 0.5);
+  CHECK(options.whitening == 0.55);
   CHECK(options.dense_limit == 256);
   CHECK(options.loss_terms == ctrlora::kLossTermsTokens);
   CHECK(options.loss_reduction == "mean");
@@ -89,7 +89,7 @@ TEST_CASE("the defaults are those of the documentation and are valid") {
   CHECK(options.gram_floor == 1e-4);
   CHECK_FALSE(options.maximize);
   CHECK(options.kl_radius == 0.005);
-  CHECK(options.rms_beta == 0.95);
+  CHECK(options.rms_beta == 0.9);
   CHECK(options.step_length == "rms");
   CHECK(options.curvature_decay == 0.0);
   CHECK(options.ratio_every == 0);
