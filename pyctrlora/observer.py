@@ -153,9 +153,7 @@ class LayerObserver:
 
 def observer_of(layer: nn.Module) -> LayerObserver | None:
     """The observer of a LoRA layer, if it has one."""
-    observer: LayerObserver | None
     if is_compiled():  # where a missing attribute is guarded, a missing key is not
-        observer = getattr(layer, _ATTRIBUTE, None)
-    else:
-        observer = layer.__dict__.get(_ATTRIBUTE)
+        return getattr(layer, _ATTRIBUTE, None)
+    observer: LayerObserver | None = layer.__dict__.get(_ATTRIBUTE)
     return observer

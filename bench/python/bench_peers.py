@@ -7,13 +7,14 @@ of 256 x 256, r = 8; gradients are given. "ctr" runs the default schedule (a thi
 observed; sketching their rows belongs to backward), "ctr_plain" observes nothing. SOAP keeps two
 d x d matrices of every dimension d <= 10000, some 11 GB on "large" and half a minute for the first
 decomposition of each: it runs on `--soap-pairs` pairs of each shape and its time is scaled; since
-its work comes every tenth step its figures are means over whole periods. heavyball's SOAP leaves out
-dimensions above 2048 by its default, so on "large" it preconditions the rank alone.
+its work comes every tenth step its figures are means over whole periods. heavyball's SOAP leaves
+out dimensions above 2048 by its default, so on "large" it preconditions the rank alone.
 
 Whole training steps on the GPT and on MiniLM-L6 of `jobs.py`: PEFT + AdamW(fused), ours attached
 only ("ctr"), ours on fused layers ("fused"), fused and compacted to half the parameters
 ("compacted"), and PEFT's AdaLoRA, PEFT's Riemannian + AdamW, SINGD (kronecker factors by hooks).
-Figures are ratios within one run, all optimizers in turn, round by round.
+"ctr_bfloat16" keeps its bases in bfloat16. Figures are ratios within one run, all optimizers in
+turn, round by round; `bench/table.py` prints them.
 """
 
 from __future__ import annotations
@@ -30,14 +31,6 @@ from jobs import MODELS, SHAPES, SMALL, TrainingRun, state_bytes, training_runs
 from peers import contenders, training_peers
 
 import pyctrlora
-
-TARGETS = {  # (job, over): at most
-    ("large", "adamw_fused"): 2.0,
-    ("large", "riemannian_adamw"): 0.4,
-    ("large", "lora_rite"): 0.12,
-    ("large", "soap"): 0.05,
-    ("small", "adamw_foreach"): 1.0,
-}
 
 
 def bench_steps(job: str, rounds: int, soap_pairs: int, missing: dict[str, str]) -> dict[str, Any]:
@@ -101,29 +94,6 @@ def bench_training(job: str, rounds: int, peers: bool, missing: dict[str, str]) 
     }
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    """One line per figure of the issue's table: what it is, what it came to, what it should be."""
-    lines = [f"{'measure':52} {'median':>8} {'p95':>8} {'at most':>8}"]
-
-    def line(name: str, ratio: dict[str, float], target: float | None, kind: str = "median"):
-        aim = "" if target is None else f"{target:8.2f}"
-        lines.append(f"{name:52} {ratio[kind]:8.3f} {ratio['p95']:8.3f} {aim:>8}")
-
-    for job, found in result.get("step", {}).items():
-        for peer, by_ours in found["ours_over"].items():
-            kind = "mean" if peer.endswith("soap") else "median"
-            for own, ratio in by_ours.items():
-                target = TARGETS.get((job, peer)) if own == "ctr" else None
-                line(f"step(), {job}: {own} / {peer}", ratio, target, kind)
-    for job, found in result.get("training", {}).items():
-        for name, ratio in found["over_adamw"].items():
-            line(f"training step, {job}: {name} / adamw", ratio, found["targets"].get(name))
-        line(f"training step, {job}: compacted / fused", found["compacted_over_fused"], 0.97)
-        if "adalora" in found["fused_over"]:
-            line(f"training step, {job}: fused / adalora", found["fused_over"]["adalora"], None)
-    return lines
-
-
 def main() -> None:
     """Runs the jobs and writes bench/results/peers.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -151,9 +121,6 @@ def main() -> None:
             pairs = options.soap_pairs if job == "large" else 0
             result["step"][job] = bench_steps(job, options.rounds, pairs, result["missing"])
     record("peers", result, options.out, quiet=True)
-    print("\n".join(table(result)))
-    for name, reason in result["missing"].items():
-        print(f"not measured: {name} ({reason})")
 
 
 if __name__ == "__main__":

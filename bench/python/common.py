@@ -51,7 +51,7 @@ def interleaved(
 
 
 def ratios(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, float]:
-    """Median of the per-round ratios, ratio of the means, 95th percentile of `name` over a median."""
+    """Median of the rounds' ratios, ratio of means, 95th percentile of `name` over a median."""
     each = [a / b for a, b in zip(seconds[name], seconds[to], strict=True)]
     return {
         "median": statistics.median(each),

@@ -1,4 +1,4 @@
-"""Optimizers of other projects, on the jobs of `jobs.py`; those that are not installed are left out.
+"""Optimizers of other projects on the jobs of `jobs.py`; what is not installed is left out.
 
 `pip install --no-deps pytorch_optimizer==4.1.0 heavyball==3.2.1 singd==0.0.5` (what `./dev bench
 --full` does) leaves torch as it is.
@@ -93,9 +93,11 @@ def contenders(shapes: Shapes, rank: int, soap_pairs: int, missing: dict[str, st
 
 
 def ours(shapes: Shapes, rank: int) -> Iterator[Contender]:
-    """The default schedule, and a step on which nothing was observed."""
+    """The default schedule, a step on which nothing was observed, and bases in bfloat16."""
     rows = rows_of(shapes)
-    for name, options in (("ctr", {}), ("ctr_plain", {"factor_every": 10**6})):
+    kinds = {"ctr": {}, "ctr_plain": {"factor_every": 10**6}}
+    kinds["ctr_bfloat16"] = {"basis_dtype": "bfloat16"}
+    for name, options in kinds.items():
         pairs = make_pairs(shapes, rank)
         optimizer = pyctrlora.CTROptimizer(tensors(pairs), lr=0.01, sketch_rank=rank, **options)
         for _ in range(6):  # the warm-up observes every layer
