@@ -55,6 +55,7 @@ class Options:
     Settings shared by all layers of one engine.
     """
 
+    basis_dtype: str
     curvature: str
     loss_reduction: str
     maximize: bool

@@ -3,8 +3,8 @@
     python bench/python/bench_roofline.py [--rounds 48] [--threads 1] [--out FILE]
 
 Counted per pair: passes over (m + n)·r numbers (k = r; `cpp/README.md`, section 8 says which) and
-flops of the d-wide products. Measured: copy bandwidth (both directions counted), GEMM speed, the
-step itself, and its spread over the steps of the default schedule, in CPU time on one thread.
+flops of the d-wide products. Measured: bandwidth of x += y and GEMM speed (limits: the best of
+some), the step itself, and its spread over the default schedule, in CPU time on one thread.
 Predicted for an H100: traffic at its memory's 3.35 TB/s times the share of bandwidth that a pass of
 small kernels reaches, set by `--share`; launches are counted, not timed.
 """
@@ -47,15 +47,15 @@ H100 = {"bytes_per_second": 3.35e12, "flops_float32": 67e12, "flops_bfloat16": 9
 
 
 def machine_limits(rounds: int) -> dict[str, float]:
-    """Copy bandwidth in bytes/s and GEMM speed in flops/s."""
-    source, target = torch.randn(2**26), torch.empty(2**26)
+    """Bandwidth in bytes/s of x += y, whose two reads and a write are a step's mix, and flops/s."""
+    source, target = torch.randn(2**26), torch.zeros(2**26)
     x, y, z = (torch.randn(1536, 1536) for _ in range(3))
     seconds = interleaved(
-        {"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(x, y, out=z)}, rounds
+        {"add": lambda: target.add_(source), "gemm": lambda: torch.mm(x, y, out=z)}, rounds
     )
     return {
-        "bytes_per_second": 2 * source.nbytes / statistics.median(seconds["copy"]),
-        "flops": 2 * 1536**3 / statistics.median(seconds["gemm"]),
+        "bytes_per_second": 3 * source.nbytes / min(seconds["add"]),
+        "flops": 2 * 1536**3 / min(seconds["gemm"]),
     }
 
 
@@ -117,7 +117,7 @@ def table(result: dict[str, Any]) -> list[str]:
     """Limits, shares of them, and the predictions."""
     limits = result["limits"]
     speeds = (limits["bytes_per_second"] / 1e9, limits["flops"] / 1e9)
-    lines = ["copy {:.1f} GB/s, GEMM {:.0f} GFLOP/s".format(*speeds)]
+    lines = ["x += y {:.1f} GB/s, GEMM {:.0f} GFLOP/s".format(*speeds)]
     lines.append(
         f"{'step':8} {'ms':>8} {'p95/med':>8} {'MB':>8} {'GFLOP':>8} {'bound ms':>9} {'of it':>8}"
     )
