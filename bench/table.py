@@ -95,7 +95,6 @@ def table(folder: Path) -> list[str]:
     for name, read in READERS.items():
         path = folder / f"{name}.json"
         if not path.exists():
-            lines.append(f"({path} is missing)")
             continue
         result = json.loads(path.read_text())
         for row in read(result):

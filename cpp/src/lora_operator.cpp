@@ -113,7 +113,7 @@ Forward forward_meta(const at::Tensor& inputs,
                      const at::Tensor& a,
                      const at::Tensor& b,
                      double /*scaling*/,
-                     c10::SymInt /*slot*/,
+                     c10::SymInt /*slot*/,  // NOLINT(performance-unnecessary-value-param): schema
                      bool /*transposed*/) {
   CTRLORA_CHECK(a.dim() == 2 && b.dim() == 2 && inputs.dim() >= 1, kForward,
                 "expected inputs (..., n), a (r, n), b (m, r); got inputs ", inputs.sym_sizes(),
@@ -153,7 +153,7 @@ Forward call_forward(const at::Tensor& inputs,
                             const at::Tensor&, const at::Tensor&, double, c10::SymInt, bool);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow(kForward, "").typed<Signature>();
-  return op.call(inputs, weight, bias, a, b, scaling, slot, transposed);
+  return op.call(inputs, weight, bias, a, b, scaling, std::move(slot), transposed);
 }
 
 Gradients call_backward(const at::Tensor& grad,
@@ -185,7 +185,7 @@ struct LoraOperatorFunction : torch::autograd::Function<LoraOperatorFunction> {
                                bool transposed) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const auto [output, capture] =
-        call_forward(inputs, weight, bias, a, b, scaling, slot, transposed);
+        call_forward(inputs, weight, bias, a, b, scaling, std::move(slot), transposed);
     ctx->save_for_backward({inputs, weight, a, b, capture});
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["transposed"] = transposed;
@@ -231,8 +231,8 @@ Forward forward_autograd(const at::Tensor& inputs,
                          double scaling,
                          c10::SymInt slot,
                          bool transposed) {
-  const variable_list out =
-      LoraOperatorFunction::apply(inputs, a, b, weight.detach(), bias, scaling, slot, transposed);
+  const variable_list out = LoraOperatorFunction::apply(inputs, a, b, weight.detach(), bias,
+                                                        scaling, std::move(slot), transposed);
   return {out[0], out[1]};
 }
 
@@ -250,8 +250,8 @@ Forward forward_autocast(const at::Tensor& inputs,
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return call_forward(at::autocast::cached_cast(dtype, inputs, device),
                       at::autocast::cached_cast(dtype, weight, device),
-                      at::autocast::cached_cast(dtype, bias, device), a, b, scaling, slot,
-                      transposed);
+                      at::autocast::cached_cast(dtype, bias, device), a, b, scaling,
+                      std::move(slot), transposed);
 }
 
 TORCH_LIBRARY(ctrlora, m) {
