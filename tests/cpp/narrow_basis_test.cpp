@@ -66,15 +66,14 @@ TEST_CASE("products and steps with a narrow basis are those with its widened cop
   at::manual_seed(2);
   const auto columns_first = [](const at::Tensor& x) { return x.mT().contiguous().mT(); };
   for (const int64_t size : {int64_t{5}, int64_t{130}, int64_t{2051}}) {  // whole chunks and rests
-    for (const int64_t r : {int64_t{4}, int64_t{5}}) {                   // kernels, and ATen's
+    for (const int64_t r : {int64_t{4}, int64_t{5}}) {                    // kernels, and ATen's
       const auto slab = [&](int64_t columns) { return randn({3, size, columns}, at::kFloat); };
       const at::Tensor w = slab(r), m = slab(r);
       const at::Tensor u = slab(4).to(at::kBFloat16);
       const auto check = [](const at::Tensor& weight, const at::Tensor& momentum,
                             const at::Tensor& basis) {
         const SideProducts own = ctrlora::side_products(weight, momentum, basis);
-        const SideProducts truth =
-            ctrlora::side_products(weight, momentum, basis.to(at::kFloat));
+        const SideProducts truth = ctrlora::side_products(weight, momentum, basis.to(at::kFloat));
         CHECK(same_bits(own.uw, truth.uw));
         CHECK(same_bits(own.um, truth.um));
         CHECK(same_bits(own.ww, truth.ww));
