@@ -9,6 +9,7 @@ void bind_options(py::module_& m) {
   py::class_<Options>(m, "Options", "Settings shared by all layers of one engine.")
       .def(py::init<>())
       .def_readwrite("sketch_rank", &Options::sketch_rank)
+      .def_readwrite("basis_dtype", &Options::basis_dtype)
       .def_readwrite("sample_rows", &Options::sample_rows)
       .def_readwrite("factor_every", &Options::factor_every)
       .def_readwrite("factor_warmup_steps", &Options::factor_warmup_steps)

@@ -23,6 +23,7 @@ void bind_pairs(py::module_& m) {
       m, "ObservationSlot", "One layer's channel to the engine.")
       .def_property_readonly("wanted", &ObservationSlot::wanted)
       .def_property_readonly("observations", &ObservationSlot::observations)
+      .def_property_readonly("handle", &ObservationSlot::handle)
       .def(
           "capture",
           [](ObservationSlot& slot, const at::Tensor& inputs,

@@ -55,6 +55,7 @@ class Options:
     Settings shared by all layers of one engine.
     """
 
+    basis_dtype: str
     curvature: str
     loss_reduction: str
     maximize: bool
@@ -227,6 +228,8 @@ class ObservationSlot:
     One layer's channel to the engine.
     """
     def capture(self, inputs: torch.Tensor, base_output: torch.Tensor | None) -> Capture: ...
+    @property
+    def handle(self) -> int: ...
     @property
     def observations(self) -> int: ...
     @property

@@ -18,9 +18,9 @@ def fuse(model: nn.Module) -> list[str]:
     is saved for backward. A layer falls back to PEFT's own forward, call by call, whenever
     something else is asked of it: several active adapters, merged or disabled ones,
     `adapter_names`, dropout while training, a bias in the adapter, DoRA and other variants, a base
-    that is trained or has hooks, a float32 adapter over a 16-bit base outside autocast,
-    torch.compile and other tracers. Everything else of the layer is PEFT's own: names, saving,
-    merging, `set_adapter`.
+    that is trained or has hooks, a float32 adapter over a 16-bit base outside autocast, tracers
+    other than torch.compile. Everything else of the layer is PEFT's own: names, saving, merging,
+    `set_adapter`. In compiled code the node is an operator: the graph stays whole around it.
 
     Before or after `attach` makes no difference. Deep and pickled copies are fused as well.
 

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from pyctrlora import _C
+from pyctrlora import _C, traced
 from pyctrlora.layers import _is_conv1d
 from pyctrlora.observer import LayerObserver, observer_of
 
@@ -23,22 +23,22 @@ class FusedLinear(Linear):  # type: ignore[misc]  # PEFT is untyped
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) to (..., out_features); PEFT's own forward unless all is plain."""
-        adapter = None if args or kwargs or _is_traced() else self._adapter_to_fuse(x)
+        adapter = self.fuses(x, *args, **kwargs)
         if adapter is None:
             unfused: Tensor = super().forward(x, *args, **kwargs)
             return unfused
         base, observer = self.base_layer, observer_of(self)
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        scaling, transposed = self.scaling[adapter], type(base) is not nn.Linear
+        if traced.is_compiled():
+            handle = 0 if observer is None else observer.numbers.get(adapter, 0)
+            return traced.lora_linear(x, base, a, b, scaling, handle, transposed)
         slot: Any = None if observer is None else observer.slot_to_capture(self, adapter)
-        return _C.lora_linear(
-            x,
-            base.weight,
-            base.bias,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            self.scaling[adapter],
-            slot,
-            type(base) is not nn.Linear,
-        )
+        return _C.lora_linear(x, base.weight, base.bias, a, b, scaling, slot, transposed)
+
+    def fuses(self, x: Any, *args: Any, **kwargs: Any) -> str | None:
+        """The adapter that this call computes in one node; None: by PEFT's own forward."""
+        return None if args or kwargs or _is_transformed() else self._adapter_to_fuse(x)
 
     def _adapter_to_fuse(self, x: Any) -> str | None:
         """The one adapter that acts on these inputs; None where PEFT's forward must run."""
@@ -76,8 +76,10 @@ def why_not(layer: nn.Module) -> str:
     return ""
 
 
-def _is_traced() -> bool:
+def _is_transformed() -> bool:
     """Whether somebody else's machinery reads or transforms the operators: it gets PEFT's own."""
+    if traced.is_compiled():
+        return False
     return (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
@@ -93,7 +95,7 @@ def _is_plain_base(base: Any) -> bool:
 
 def _is_bare(module: nn.Module, observer: LayerObserver | None = None) -> bool:
     """Whether to call the module is to call its class's forward; its observer does not count."""
-    own = None if observer is None else observer.handles[0].id
+    own = None if observer is None else observer.base_hook
     return not (
         "forward" in module.__dict__
         or module._forward_pre_hooks

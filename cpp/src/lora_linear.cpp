@@ -2,11 +2,10 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "detail/check.h"
+#include "detail/lora_kernels.h"
 
 namespace ctrlora {
 
@@ -15,20 +14,14 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-at::Tensor rows(const at::Tensor& x) {
-  return x.reshape({-1, x.size(-1)});
-}
-
 // Where to deliver observations, and the layer's inputs as the caller has them: under autocast each
 // layer casts its own copy, and only by the original can layers tell that they share their inputs.
 struct Watch {
   std::shared_ptr<ObservationSlot> slot;
   at::Tensor source;
-
-  // Nobody completes what a forward without gradients captures.
-  [[nodiscard]] bool wanted() const { return slot != nullptr && slot->wanted(); }
 };
 
+// Nobody completes what a forward without gradients captures.
 Watch watch(const std::shared_ptr<ObservationSlot>& slot, const at::Tensor& inputs) {
   return {at::GradMode::is_enabled() ? slot : nullptr, inputs};
 }
@@ -47,64 +40,34 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
                             double scaling,
                             const Watch& watch) {
     const at::Tensor weight = frozen_weight.value_or(at::Tensor());
-    const at::Tensor base = weight.defined() ? at::Tensor() : *base_or_bias;
-    const at::ScalarType dtype = inputs.scalar_type();
-    const at::Tensor x = rows(inputs);
-    const at::Tensor a_cast = a.to(dtype);
-    const at::Tensor b_cast = b.to(dtype);
-    at::Tensor y = weight.defined() ? at::linear(x, weight, base_or_bias) : rows(base).clone();
-    std::shared_ptr<Capture> capture;
-    if (watch.wanted()) {
-      capture = watch.slot->capture(watch.source, y);
-    }
-    const at::Tensor z = at::mm(x, a_cast.t());
-    if (y.scalar_type() == dtype) {
-      y.addmm_(z, b_cast.t(), 1, scaling);
-    } else {
-      y.add_(at::mm(z, b_cast.t()), scaling);
-    }
+    const detail::LoraOutput out =
+        detail::lora_forward(inputs, weight, base_or_bias, a, b, scaling, watch.slot, watch.source);
     ctx->save_for_backward({inputs, weight, a, b});
     ctx->saved_data["scaling"] = scaling;
-    if (capture != nullptr) {
+    if (out.capture != nullptr) {
       ctx->saved_data["capture"] =
-          c10::IValue::make_capsule(c10::make_intrusive<CaptureHolder>(capture));
+          c10::IValue::make_capsule(c10::make_intrusive<CaptureHolder>(out.capture));
     }
-    std::vector<int64_t> shape = inputs.sizes().vec();
-    shape.back() = b.size(0);
-    return y.view(shape);
+    return out.output;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor x = rows(saved[0]);
     const at::Tensor& weight = saved[1];
     const double scaling = ctx->saved_data["scaling"].toDouble();
     const auto capture = ctx->saved_data.find("capture");
     if (capture != ctx->saved_data.end()) {
       static_cast<CaptureHolder*>(capture->second.toCapsule().get())->capture->complete(grads[0]);
     }
-    const bool for_inputs = ctx->needs_input_grad(0);
-    const bool for_a = ctx->needs_input_grad(1);
-    const at::Tensor g = rows(grads[0]).to(x.scalar_type());
-    const at::Tensor a = saved[2].to(x.scalar_type());
-    at::Tensor gz;
-    if (for_inputs || for_a) {
-      gz = at::mm(g, saved[3].to(x.scalar_type())) * scaling;
-    }
-
+    const detail::LoraGradients found = detail::lora_backward(
+        grads[0], saved[0], weight, saved[2], saved[3], scaling,
+        {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
     variable_list out(7);
-    if (for_inputs) {
-      at::Tensor gx = weight.defined() ? at::mm(g, weight).addmm_(gz, a) : at::mm(gz, a);
-      out[0] = gx.view(saved[0].sizes());
-    }
+    out[0] = found.inputs;
+    out[1] = found.a;
+    out[2] = found.b;
     if (!weight.defined() && ctx->needs_input_grad(3)) {  // absent optionals have no edge
       out[4] = grads[0];
-    }
-    if (for_a) {
-      out[1] = at::mm(gz.t(), x).to(saved[2].scalar_type());
-    }
-    if (ctx->needs_input_grad(2)) {
-      out[2] = (at::mm(g.t(), at::mm(x, a.t())) * scaling).to(saved[3].scalar_type());
     }
     return out;
   }

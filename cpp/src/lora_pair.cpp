@@ -46,8 +46,8 @@ class Registry {
       with_a->name = pair.name;
       return with_a->slot;
     }
-    const auto entry = std::make_shared<Entry>(Entry{
-        weak(pair.a), weak(pair.b), pair.scaling, pair.name, std::make_shared<ObservationSlot>()});
+    const auto entry = std::make_shared<Entry>(
+        Entry{weak(pair.a), weak(pair.b), pair.scaling, pair.name, ObservationSlot::make()});
     entries_[pair.a.unsafeGetTensorImpl()] = entry;
     entries_[pair.b.unsafeGetTensorImpl()] = entry;
     return entry->slot;

@@ -41,13 +41,16 @@ LowRankEigen::LowRankEigen(int64_t layers,
                            int64_t size,
                            int64_t sketch_rank,
                            const at::TensorOptions& options,
-                           bool wide) {
+                           bool wide,
+                           bool narrow)
+    : narrow_(narrow && c10::typeMetaToScalarType(options.dtype()) == at::kFloat) {
   CTRLORA_CHECK(layers >= 1 && sketch_rank >= 1 && sketch_rank <= size, "ctrlora::LowRankEigen",
                 "expected layers >= 1 and 1 <= sketch_rank <= size; got layers = ", layers,
                 ", sketch_rank = ", sketch_rank, ", size = ", size, ".");
   const at::TensorOptions small = options.dtype(at::kDouble);
-  basis_ = wide ? at::zeros({layers, sketch_rank, size}, options).mT()
-                : at::zeros({layers, size, sketch_rank}, options);
+  const at::TensorOptions kept = narrow_ ? options.dtype(at::kBFloat16) : options;
+  basis_ = wide ? at::zeros({layers, sketch_rank, size}, kept).mT()
+                : at::zeros({layers, size, sketch_rank}, kept);
   if (sketch_rank == size) {  // no tail to hold the identity
     basis_.copy_(at::eye(size, options).expand_as(basis_));
   }
@@ -57,6 +60,7 @@ LowRankEigen::LowRankEigen(int64_t layers,
 
 LowRankEigen LowRankEigen::slice(int64_t begin, int64_t end) const {
   LowRankEigen view;
+  view.narrow_ = narrow_;
   view.basis_ = basis_.slice(0, begin, end);
   view.eigenvalues_ = eigenvalues_.slice(0, begin, end);
   view.trace_ = trace_.slice(0, begin, end);
@@ -64,7 +68,7 @@ LowRankEigen LowRankEigen::slice(int64_t begin, int64_t end) const {
 }
 
 void LowRankEigen::start_basis(const at::Tensor& rows, const at::Tensor& where, uint64_t seed) {
-  const at::TensorOptions options = basis_.options();
+  const at::TensorOptions options = this->options();
   if (sketch_rank() == size()) {
     basis_.copy_(select_layers(where, at::eye(size(), options).expand_as(basis_), basis_));
     return;
@@ -81,7 +85,7 @@ void LowRankEigen::start_basis(const at::Tensor& rows, const at::Tensor& where, 
 }
 
 FactorSketch LowRankEigen::sketch(const at::Tensor& rows, const at::Tensor& row_weights) const {
-  const at::Tensor coordinates = at::bmm(rows, basis_);  // (L, R, k)
+  const at::Tensor coordinates = at::bmm(rows, computed_basis());  // (L, R, k)
   const at::Tensor weights = row_weights.to(rows.scalar_type()).unsqueeze(-1);
   FactorSketch sums;
   sums.product = at::bmm(rows.mT(), coordinates * weights);
@@ -161,7 +165,7 @@ at::Tensor LowRankEigen::update(const FactorSketch& sketch,
                                 const at::Tensor& scale) {
   at::Tensor live =
       (sketch.weight > 0)
-          .logical_and(sketch.trace > detail::smallest_trace(size(), basis_.scalar_type()))
+          .logical_and(sketch.trace > detail::smallest_trace(size(), dtype()))
           .logical_and(keep < 1)
           .logical_and(detail::finite_layers(sketch.product))
           .logical_and((sketch.trace * scale / sketch.weight).isfinite());
@@ -174,7 +178,8 @@ at::Tensor LowRankEigen::update(const FactorSketch& sketch,
   // In units of the mean eigenvalue, so that squares of small gradients stay in range.
   const at::Tensor mean = (trace / static_cast<double>(size())).clamp_min(1e-300);
   const at::Tensor kept = (old / mean).unsqueeze(-1) * eigenvalues_;
-  at::Tensor rows = at::empty_like(basis_);  // in the basis' layout
+  const at::Tensor basis = computed_basis();
+  at::Tensor rows = at::empty_like(basis);  // in the basis' layout
   at::mul_out(rows,
               detail::known_to_be_true(live)
                   ? sketch.product
@@ -183,19 +188,22 @@ at::Tensor LowRankEigen::update(const FactorSketch& sketch,
   at::Tensor values;
   const at::Tensor identity = at::eye(sketch_rank(), kept.options()).expand({layers(), -1, -1});
   if (sketch_rank() == size()) {  // complete basis: K is the factor itself
-    const JointGram gram(basis_, rows);
+    const JointGram gram(basis, rows);
     const at::Tensor core = symmetric(gram.uu * kept.unsqueeze(1) + gram.uy);
     live = live.logical_and(detail::finite_layers(core));
     const detail::Eigh eigh = detail::symmetric_eigh(core);
-    detail::tall_combine({{basis_, select_layers(live, eigh.vectors, identity)}});
+    detail::tall_combine({{basis, select_layers(live, eigh.vectors, identity)}});
     values = eigh.values;
   } else {
-    const Nystrom next = nystrom(basis_, rows, kept);
+    const Nystrom next = nystrom(basis, rows, kept);
     live = live.logical_and(next.ok);
     const at::Tensor zero = at::zeros({}, kept.options());
-    detail::tall_combine({{basis_, select_layers(live, zero, identity)},
+    detail::tall_combine({{basis, select_layers(live, zero, identity)},
                           {rows, select_layers(live, next.map, zero)}});
     values = next.values;
+  }
+  if (narrow_) {
+    basis_.copy_(basis);
   }
   values = values.clamp_min(0) * mean.unsqueeze(-1);
   eigenvalues_.copy_(select_layers(live, values, eigenvalues_));
@@ -225,10 +233,10 @@ PowerCoefficients LowRankEigen::power(double exponent, double damping) const {
 
 at::Tensor LowRankEigen::apply_power(const at::Tensor& v, double exponent, double damping) const {
   const PowerCoefficients power_of = power(exponent, damping);
-  const at::ScalarType dtype = basis_.scalar_type();
-  const at::Tensor coordinates = at::bmm(basis_.mT(), v);
-  return v * as_column(power_of.tail).to(dtype) +
-         at::bmm(basis_, coordinates * power_of.diag.unsqueeze(-1).to(dtype));
+  const at::Tensor basis = computed_basis();
+  const at::Tensor coordinates = at::bmm(basis.mT(), v);
+  return v * as_column(power_of.tail).to(dtype()) +
+         at::bmm(basis, coordinates * power_of.diag.unsqueeze(-1).to(dtype()));
 }
 
 at::Tensor LowRankEigen::captured_share() const {
@@ -236,7 +244,7 @@ at::Tensor LowRankEigen::captured_share() const {
 }
 
 at::Tensor LowRankEigen::to_dense() const {
-  const at::Tensor identity = at::eye(size(), basis_.options()).expand({layers(), size(), size()});
+  const at::Tensor identity = at::eye(size(), options()).expand({layers(), size(), size()});
   return apply_power(identity, 1.0, 0.0);
 }
 
@@ -245,7 +253,8 @@ std::vector<std::pair<std::string, at::Tensor>> LowRankEigen::named_tensors() co
 }
 
 void LowRankEigen::to(const at::TensorOptions& options) {
-  basis_ = basis_.to(options);
+  narrow_ = narrow_ && c10::typeMetaToScalarType(options.dtype()) == at::kFloat;
+  basis_ = basis_.to(narrow_ ? options.dtype(at::kBFloat16) : options);
   eigenvalues_ = eigenvalues_.to(options.device());
   trace_ = trace_.to(options.device());
 }

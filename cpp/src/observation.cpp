@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <unordered_map>
 #include <vector>
 
 #include "detail/philox.h"
@@ -67,6 +68,46 @@ at::Tensor RowSampler::rows_of(const at::Tensor& inputs,
 void RowSampler::stop_keeping_references() {
   const std::lock_guard<std::mutex> lock(mutex_);
   keep_references_ = false;
+}
+
+namespace {
+
+struct SlotTable {
+  std::mutex mutex;
+  std::unordered_map<int64_t, std::weak_ptr<ObservationSlot>> slots;
+  int64_t last = 0;
+
+  // Never destroyed: slots of static objects may outlive any order of destruction.
+  static SlotTable& instance() {
+    static auto* table = new SlotTable;  // NOLINT(cppcoreguidelines-owning-memory)
+    return *table;
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<ObservationSlot> ObservationSlot::make() {
+  auto slot = std::make_shared<ObservationSlot>();
+  SlotTable& table = SlotTable::instance();
+  const std::lock_guard<std::mutex> lock(table.mutex);
+  slot->handle_ = ++table.last;
+  table.slots[slot->handle_] = slot;
+  return slot;
+}
+
+std::shared_ptr<ObservationSlot> ObservationSlot::find(int64_t handle) {
+  SlotTable& table = SlotTable::instance();
+  const std::lock_guard<std::mutex> lock(table.mutex);
+  const auto found = table.slots.find(handle);
+  return found == table.slots.end() ? nullptr : found->second.lock();
+}
+
+ObservationSlot::~ObservationSlot() {
+  if (handle_ != 0) {
+    SlotTable& table = SlotTable::instance();
+    const std::lock_guard<std::mutex> lock(table.mutex);
+    table.slots.erase(handle_);
+  }
 }
 
 void ObservationSlot::connect(const std::weak_ptr<ObservationSink>& sink, int64_t layer) {

@@ -20,6 +20,7 @@ void Options::validate() const {
                 ": expected hutchinson_every > 0 for curvature = hutchinson; got ",
                 hutchinson_every, ". Remedy: hutchinson_every = 10, say.");
   CTRLORA_RULE(kWhere, sketch_rank, sketch_rank >= 1);
+  CTRLORA_RULE(kWhere, basis_dtype, basis_dtype == "float32" || basis_dtype == "bfloat16");
   CTRLORA_RULE(kWhere, sample_rows, sample_rows >= 1);
   CTRLORA_RULE(kWhere, factor_every, factor_every >= 1);
   CTRLORA_RULE(kWhere, factor_warmup_steps, factor_warmup_steps >= 0);

@@ -162,7 +162,7 @@ WhitenedGradient::WhitenedGradient(const KroneckerFactors& factors,
   CTRLORA_CHECK(probes >= 1, "ctrlora::WhitenedGradient", "expected probes >= 1; got ", probes,
                 ".");
   const detail::NumericsGuard guard;
-  const at::TensorOptions options = factors.input.basis().options();
+  const at::TensorOptions options = factors.input.options();
   const int64_t n = factors.input.size();
   const int64_t m = factors.output.size();
   const int64_t p = std::min({probes, m, n});
@@ -171,7 +171,7 @@ WhitenedGradient::WhitenedGradient(const KroneckerFactors& factors,
   const auto mix = [&](const WhiteningMetric& side, const at::Tensor& test, at::Tensor& tail) {
     const PowerCoefficients power = side.factor.power(-0.5 * whitening, damping);
     tail = as_column(power.tail).to(options);
-    const at::Tensor coordinates = at::matmul(side.factor.basis().mT(), test);
+    const at::Tensor coordinates = at::matmul(side.factor.computed_basis().mT(), test);
     return coordinates * power.diag.unsqueeze(-1).to(options);
   };
   input_mix_ = mix(input_, theta_, input_tail_);
@@ -219,7 +219,7 @@ at::Tensor whitened_coordinates(const at::Tensor& rows,
 
 at::Tensor WhitenedGradient::input_coordinates(int64_t layer, const at::Tensor& inputs) const {
   const detail::NumericsGuard guard;
-  return whitened_coordinates(inputs, theta_[0], input_.factor.basis()[layer], input_mix_[layer],
+  return whitened_coordinates(inputs, theta_[0], input_.factor.computed_basis()[layer], input_mix_[layer],
                               input_tail_[layer]);
 }
 
@@ -231,7 +231,7 @@ void WhitenedGradient::add(GradientSketch& sums,
   const detail::NumericsGuard guard;
   sums.range[layer].addmm_(output_grads.t(), coordinates);
   sums.corange[layer].addmm_(
-      inputs.t(), whitened_coordinates(output_grads, psi_[0], output_.factor.basis()[layer],
+      inputs.t(), whitened_coordinates(output_grads, psi_[0], output_.factor.computed_basis()[layer],
                                        output_mix_[layer], output_tail_[layer]));
 }
 

@@ -294,3 +294,18 @@ TEST_CASE("the registry's slot is the one that an engine finds") {
   slot->capture(at::ones({2, 3}), {})->complete(at::ones({2, 4}));
   CHECK(sink->seen.at(0).first == 5);
 }
+TEST_CASE("a slot is found by its handle while it lives") {
+  auto first = ObservationSlot::make();
+  const auto second = ObservationSlot::make();
+  CHECK(first->handle() > 0);
+  CHECK(second->handle() != first->handle());
+  CHECK(ObservationSlot::find(first->handle()) == first);
+  CHECK(ObservationSlot::find(second->handle()) == second);
+  CHECK(ObservationSlot::find(0) == nullptr);
+  CHECK(ObservationSlot::find(-1) == nullptr);
+  const int64_t gone = first->handle();
+  first.reset();
+  CHECK(ObservationSlot::find(gone) == nullptr);
+  CHECK(std::make_shared<ObservationSlot>()->handle() == 0);
+  CHECK(ObservationSlot::make()->handle() != gone);  // numbers are not given twice
+}

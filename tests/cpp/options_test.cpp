@@ -146,6 +146,9 @@ TEST_CASE("word options name themselves, their value and their rule") {
   check_range<Options, std::string>(&Options::loss_reduction, "ctrlora::Options", "loss_reduction",
                                     "loss_reduction == \"mean\" || loss_reduction == \"sum\"",
                                     {"none", "", "Mean"}, {"mean", "sum"});
+  check_range<Options, std::string>(&Options::basis_dtype, "ctrlora::Options", "basis_dtype",
+                                    "basis_dtype == \"float32\" || basis_dtype == \"bfloat16\"",
+                                    {"float16", ""}, {"float32", "bfloat16"});
   check_range<Options, std::string>(
       &Options::step_length, "ctrlora::Options", "step_length",
       "step_length == \"rms\" || step_length == \"radius\" || step_length == "

@@ -42,16 +42,25 @@ class CTRLORA_API LowRankEigen {
   /// @param options device and dtype (float32 or float64) of the basis.
   /// @param wide whether the basis' columns are contiguous in memory, as A's rows are; else its
   /// rows.
+  /// @param narrow keeps a float32 basis as bfloat16; everything is computed in float32.
   LowRankEigen(int64_t layers,
                int64_t size,
                int64_t sketch_rank,
                const at::TensorOptions& options,
-               bool wide = false);
+               bool wide = false,
+               bool narrow = false);
 
   [[nodiscard]] int64_t layers() const { return basis_.size(0); }
   [[nodiscard]] int64_t size() const { return basis_.size(1); }
   [[nodiscard]] int64_t sketch_rank() const { return basis_.size(2); }
-  [[nodiscard]] const at::Tensor& basis() const { return basis_; }              // (L, d, k)
+  [[nodiscard]] const at::Tensor& basis() const { return basis_; }  // (L, d, k) as it is kept
+  /// What is computed in: float32 or float64.
+  [[nodiscard]] at::ScalarType dtype() const {
+    return narrow_ ? at::kFloat : basis_.scalar_type();
+  }
+  [[nodiscard]] at::TensorOptions options() const { return basis_.options().dtype(dtype()); }
+  /// The basis in that type: a copy where it is kept narrow.
+  [[nodiscard]] at::Tensor computed_basis() const { return basis_.to(dtype()); }
   [[nodiscard]] const at::Tensor& eigenvalues() const { return eigenvalues_; }  // (L, k) float64
   [[nodiscard]] const at::Tensor& trace() const { return trace_; }              // (L) float64
 
@@ -96,6 +105,7 @@ class CTRLORA_API LowRankEigen {
 
  private:
   at::Tensor basis_;        // (L, d, k)
+  bool narrow_ = false;
   at::Tensor eigenvalues_;  // (L, k) float64
   at::Tensor trace_;        // (L) float64
 };

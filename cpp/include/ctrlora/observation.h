@@ -94,6 +94,13 @@ class Capture;
 /// One layer's end of the channel. Created by register_pair(); an engine plugs itself in.
 class CTRLORA_API ObservationSlot : public std::enable_shared_from_this<ObservationSlot> {
  public:
+  /// A slot that find() knows.
+  static std::shared_ptr<ObservationSlot> make();
+  ObservationSlot() = default;
+  ObservationSlot(const ObservationSlot&) = delete;
+  ObservationSlot& operator=(const ObservationSlot&) = delete;
+  ~ObservationSlot();
+
   /// Whether the next forward should be captured. Cheap: one atomic load.
   [[nodiscard]] bool wanted() const { return wanted_.load(std::memory_order_relaxed); }
   void set_wanted(bool wanted) { wanted_.store(wanted, std::memory_order_relaxed); }
@@ -114,6 +121,11 @@ class CTRLORA_API ObservationSlot : public std::enable_shared_from_this<Observat
   /// layer's output. Null when nothing listens or there is no row.
   std::shared_ptr<Capture> capture(const at::Tensor& inputs, const at::Tensor& base_output);
 
+  /// A number of its own, from 1 on, by which graphs of compilers name it.
+  [[nodiscard]] int64_t handle() const { return handle_; }
+  /// The slot of that number; null if it is gone or there never was one. Thread-safe.
+  static std::shared_ptr<ObservationSlot> find(int64_t handle);
+
   /// Observations delivered in this slot's life.
   [[nodiscard]] int64_t observations() const { return observations_.load(); }
 
@@ -121,6 +133,7 @@ class CTRLORA_API ObservationSlot : public std::enable_shared_from_this<Observat
   friend class Capture;
   std::atomic<bool> wanted_{false};
   std::atomic<int64_t> observations_{0};
+  int64_t handle_ = 0;  // 0: unknown to find()
   std::mutex mutex_;
   std::weak_ptr<ObservationSink> sink_;
   int64_t layer_ = -1;

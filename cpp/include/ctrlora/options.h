@@ -33,6 +33,10 @@ struct CTRLORA_API Options {
   /// against dense factors and costs a third of AdamW's state [M].
   int64_t sketch_rank = 16;
 
+  /// "float32" (of float64 parameters: float64) or "bfloat16": how the factors' bases are kept;
+  /// they are computed with in float32. bfloat16 halves what the state takes beyond the momentum.
+  std::string basis_dtype = "float32";
+
   /// Rows (tokens) of one backward that enter a factor, >= 1. 256 is indistinguishable from all
   /// [M].
   int64_t sample_rows = 256;

@@ -33,7 +33,7 @@ void add_sketch(FactorSketch& sums, const FactorSketch& sketch) {
 
 FactorSketch empty_sketch(const LowRankEigen& factor) {
   const at::Tensor none = at::zeros({1}, factor.trace().options());
-  return {at::zeros({1, factor.size(), factor.sketch_rank()}, factor.basis().options()), none,
+  return {at::zeros({1, factor.size(), factor.sketch_rank()}, factor.options()), none,
           none};
 }
 
@@ -138,7 +138,7 @@ void PendingObservations::add(int64_t layer,
       observation.output_grads.size(-1) != output.size()) {
     return;  // a model in the middle of a move, or a module whose output is not this layer's
   }
-  const at::ScalarType dtype = output.basis().scalar_type();
+  const at::ScalarType dtype = output.dtype();
   Rows inputs = finite_rows(observation.inputs.to(dtype));
   Rows grads = finite_rows(observation.output_grads.to(dtype));
   // Rows without a gradient (padding, ignored labels) and rows with non-finite numbers do not
@@ -238,7 +238,7 @@ void PendingObservations::start_all(KroneckerFactors& factors) {
   for (LowRankEigen* factor : {&factors.input, &factors.output}) {
     const at::Tensor& basis = factor->basis();
     const at::Tensor rows =
-        philox_normal(seed_, 3, {1, factor->sketch_rank(), factor->size()}, basis.options());
+        philox_normal(seed_, 3, {1, factor->sketch_rank(), factor->size()}, factor->options());
     factor->start_basis(rows.expand({basis.size(0), -1, -1}), missing.to(basis.device()), seed_);
   }
 }

@@ -133,7 +133,7 @@ void RankControl::start(const Groups& groups) {
   }
   for (size_t g = 0; g < changes.size(); ++g) {
     const at::Tensor none = at::zeros({groups[g]->layers(), 1, groups[g]->pairs()[0].in_features()},
-                                      groups[g]->factors().input.basis().options());
+                                      groups[g]->factors().input.options());
     groups[g]->change_ranks(changes[g].keep, changes[g].grow, none);
   }
   note(0, plans);

@@ -33,8 +33,12 @@ at::Tensor narrow(const at::Tensor& coefficients, at::ScalarType dtype) {
 
 enum class Layout { kTall, kWide, kOther };
 
+bool is_narrow(const at::Tensor& slab) {
+  return slab.scalar_type() == at::kBFloat16;
+}
+
 Layout layout_of(const at::Tensor& slab) {
-  if (!slab.is_cpu() || slab.scalar_type() != at::kFloat || slab.dim() != 3) {
+  if (!slab.is_cpu() || (slab.scalar_type() != at::kFloat && !is_narrow(slab)) || slab.dim() != 3) {
     return Layout::kOther;
   }
   if (slab.stride(2) == 1) {
@@ -51,11 +55,43 @@ Layout common_layout(const std::vector<at::Tensor>& slabs) {
   return same ? layout : Layout::kOther;
 }
 
-TallMatrix layer_matrix(const at::Tensor& slab, int64_t layer, bool wide) {
-  // The kernels write through terms[0] alone, which the caller handed over for that.
-  auto* data = const_cast<float*>(slab.const_data_ptr<float>());  // NOLINT(*-const-cast)
-  return {data + layer * slab.stride(0), slab.size(2), slab.stride(wide ? 2 : 1)};
-}
+// Rows of one layer's slabs for the kernels, which compute in float32: narrow slabs are widened
+// there, a block at a time in cache, so that memory is read at their own size. Kept by one thread.
+class RowBlock {
+ public:
+  RowBlock(int64_t layer, bool wide, int64_t begin, int64_t end)
+      : layer_(layer), wide_(wide), begin_(begin), rows_(end - begin) {}
+
+  TallMatrix of(const at::Tensor& slab) {
+    const int64_t offset = layer_ * slab.stride(0) + begin_ * slab.stride(1);
+    const int64_t stride = slab.stride(wide_ ? 2 : 1);
+    if (is_narrow(slab)) {
+      return widened(slab.const_data_ptr<at::BFloat16>() + offset, slab.size(2), stride);
+    }
+    // The kernels write through terms[0] alone, which the caller handed over for that.
+    auto* data = const_cast<float*>(slab.const_data_ptr<float>());  // NOLINT(*-const-cast)
+    return {data + offset, slab.size(2), stride};
+  }
+
+ private:
+  TallMatrix widened(const at::BFloat16* from, int64_t columns, int64_t stride) {
+    const int64_t lines = wide_ ? columns : rows_;
+    const int64_t length = wide_ ? rows_ : columns;
+    kept_.emplace_back(static_cast<size_t>(lines * length));
+    float* to = kept_.back().data();
+    for (int64_t line = 0; line < lines; ++line, from += stride, to += length) {
+      for (int64_t i = 0; i < length; ++i) {
+        to[i] = static_cast<float>(from[i]);
+      }
+    }
+    return {kept_.back().data(), columns, length};
+  }
+
+  int64_t layer_;
+  bool wide_;
+  int64_t begin_, rows_;
+  std::vector<std::vector<float>> kept_;
+};
 
 // Layout of all slabs of all jobs; kOther if the kernels do not take them.
 Layout kernel_layout(const std::vector<GramJob>& jobs) {
@@ -63,7 +99,7 @@ Layout kernel_layout(const std::vector<GramJob>& jobs) {
   for (const GramJob& job : jobs) {
     slabs.insert(slabs.end(), job.left.begin(), job.left.end());
     slabs.push_back(job.right);
-    if (!kernel_takes(job.right.size(2)) || job.left.size() > kMaxLeft) {
+    if (!kernel_takes(job.right.size(2)) || job.left.size() > kMaxLeft || is_narrow(job.right)) {
       return Layout::kOther;
     }
   }
@@ -105,7 +141,7 @@ std::vector<at::Tensor> tall_grams(const std::vector<GramJob>& jobs) {
       std::vector<at::Tensor> parts;
       parts.reserve(job.left.size());
       for (const at::Tensor& left : job.left) {
-        parts.push_back(at::bmm(left.mT(), job.right));
+        parts.push_back(at::bmm(left.mT().to(job.right.scalar_type()), job.right));
       }
       out.push_back(at::cat(parts, 1).to(at::kDouble));
     }
@@ -126,14 +162,15 @@ std::vector<at::Tensor> tall_grams(const std::vector<GramJob>& jobs) {
       const int64_t layer = task / chunks;
       const int64_t begin = task % chunks * kChunk;
       const int64_t end = std::min(size, begin + kChunk);
+      RowBlock block(layer, wide, begin, end);
       for (size_t j = 0; j < jobs.size(); ++j) {
-        const TallMatrix right = layer_matrix(jobs[j].right, layer, wide);
+        const TallMatrix right = block.of(jobs[j].right);
         TallMatrix left[kMaxLeft];
         const auto count = static_cast<int>(jobs[j].left.size());
         for (int t = 0; t < count; ++t) {
-          left[t] = layer_matrix(jobs[j].left[static_cast<size_t>(t)], layer, wide);
+          left[t] = block.of(jobs[j].left[static_cast<size_t>(t)]);
         }
-        gram_kernel(left, count, right, wide, begin, end,
+        gram_kernel(left, count, right, wide, 0, end - begin,
                     partial[j].data_ptr<float>() + task * partial[j].stride(1));
       }
     }
@@ -151,9 +188,9 @@ at::Tensor tall_gram(const at::Tensor& x, const at::Tensor& y) {
 
 void tall_combine(const std::vector<Term>& terms) {
   const at::Tensor& out = terms.front().slab;
-  const at::ScalarType dtype = terms.back().slab.scalar_type();
+  const at::ScalarType dtype = terms[terms.size() > 1 ? 1 : 0].slab.scalar_type();
   std::vector<at::Tensor> slabs, coefficients;
-  bool taken = kernel_takes(out.size(2)) && terms.size() <= kMaxTerms;
+  bool taken = kernel_takes(out.size(2)) && terms.size() <= kMaxTerms && !is_narrow(out);
   for (const Term& term : terms) {
     slabs.push_back(term.slab);
     coefficients.push_back(term.coefficients);
@@ -163,7 +200,7 @@ void tall_combine(const std::vector<Term>& terms) {
   if (layout == Layout::kOther || !taken) {
     at::Tensor sum = at::bmm(out.to(dtype), narrow(coefficients.front(), dtype));
     for (size_t t = 1; t < terms.size(); ++t) {
-      sum.baddbmm_(slabs[t], narrow(coefficients[t], dtype));
+      sum.baddbmm_(slabs[t].to(dtype), narrow(coefficients[t], dtype));
     }
     out.copy_(sum);
     return;
@@ -176,13 +213,14 @@ void tall_combine(const std::vector<Term>& terms) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t layer = task / chunks;
       const int64_t begin = task % chunks * kChunk;
+      const int64_t end = std::min(size, begin + kChunk);
+      RowBlock block(layer, wide, begin, end);
       TallMatrix matrices[kMaxTerms];
       for (size_t t = 0; t < slabs.size(); ++t) {
-        matrices[t] = layer_matrix(slabs[t], layer, wide);
+        matrices[t] = block.of(slabs[t]);
       }
       combine_kernel(matrices, static_cast<int>(slabs.size()), wide,
-                     joint.const_data_ptr<float>() + layer * joint.stride(0), begin,
-                     std::min(size, begin + kChunk));
+                     joint.const_data_ptr<float>() + layer * joint.stride(0), 0, end - begin);
     }
   });
 }
@@ -314,7 +352,8 @@ at::Tensor stack_gradients(const std::vector<at::Tensor>& grads,
                            const at::Tensor& ok,
                            const at::Tensor& like) {
   const at::Tensor slab = stack_defined(grads, like);
-  return at::where(as_column(ok), slab, at::zeros({}, slab.options()));
+  return known_to_be_true(ok) ? slab
+                              : at::where(as_column(ok), slab, at::zeros({}, slab.options()));
 }
 
 }  // namespace ctrlora::detail
