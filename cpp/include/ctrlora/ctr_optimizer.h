@@ -50,8 +50,8 @@ class CTRLORA_API CTROptions : public torch::optim::OptimizerCloneableOptions<CT
   explicit CTROptions(double learning_rate) { lr(learning_rate); }
 
   using Betas = std::tuple<double, double>;
-  /// Pairs: the largest relative change of a layer's output in one step, >= 0. 0.1 carries over
-  /// between models, ranks and alphas. In a fallback group: AdamW's.
+  /// Pairs: the largest relative change of a layer's output in one step, >= 0, whatever rank
+  /// and alpha: about ten times AdamW's best for the same adapters. In a fallback group: AdamW's.
   CTRLORA_GROUP_OPTION(double, lr, 0.1);
   /// Decoupled decay of A and B: they shrink by lr * weight_decay a step, >= 0.
   CTRLORA_GROUP_OPTION(double, weight_decay, 0.0);
