@@ -12,6 +12,7 @@ void bind_options(py::module_& m) {
       .def_readwrite("basis_dtype", &Options::basis_dtype)
       .def_readwrite("sample_rows", &Options::sample_rows)
       .def_readwrite("factor_every", &Options::factor_every)
+      .def_readwrite("exchange_every", &Options::exchange_every)
       .def_readwrite("factor_warmup_steps", &Options::factor_warmup_steps)
       .def_readwrite("factor_beta", &Options::factor_beta)
       .def_readwrite("damping", &Options::damping)

@@ -159,7 +159,11 @@ class CTROptimizer(Reports, torch.optim.Optimizer):
     def step(
         self, closure: Callable[[], Any] | None = None, *, loss: Callable[[], Any] | None = None
     ) -> Any:
-        """One step from the gradients in `.grad`, which are read and never written.
+        """One step from the gradients in `.grad`, which are read and not written.
+
+        `GradScaler.step(opt)` tells the loss scale by itself; then gradients are unscaled here, as
+        `GradScaler.unscale_` does. Where that was called before, for clipping, the option
+        `loss_scale` must tell it.
 
         Args:
             closure: runs forward and backward once and returns the loss. Where the option
@@ -171,7 +175,12 @@ class CTROptimizer(Reports, torch.optim.Optimizer):
         Returns:
             The closure's loss (before the step), or None.
         """
-        return take_step(self._roster, self.param_groups, closure, loss)
+        return take_step(self._roster, self, closure, loss)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Torch's protocol: `GradScaler.step` leaves scale and overflow to `step`."""
+        return "loss_scale" not in self._roster.config
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:

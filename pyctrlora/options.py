@@ -30,6 +30,8 @@ class EngineOptions(TypedDict, total=False):
         sample_rows: rows (tokens) of one backward that enter a factor, >= 1. Default 256:
             indistinguishable from all of them.
         factor_every: steps between two observations of a layer, >= 1. Default 3.
+        exchange_every: the same under several processes, which send each other what they observe,
+            >= 1. Default 12.
         factor_warmup_steps: first steps on which every layer is observed, >= 0. Default 5: the
             factors start from nothing.
         factor_beta: EMA weight of the old factor, in [0, 1). Default 0.6: LoRA
@@ -42,8 +44,9 @@ class EngineOptions(TypedDict, total=False):
             terms. Matters for `kl_radius` only.
         loss_reduction: "mean" (default) or "sum": whether output gradients carry 1/terms.
         loss_scale: factor on the loss during backward, > 0; or a callable that returns it, read at
-            each step, e.g. `GradScaler.get_scale`. Default 1. Gradients in `.grad` are taken as
-            they are found.
+            each step. Default: what `GradScaler.step` tells, else 1. Needed where
+            `GradScaler.unscale_` is called: `scaler.get_scale`. Gradients in `.grad` are taken as
+            they are found then.
         beta1: momentum weight, in [0, 1). Default 0.8, better than 0.9 with this direction.
         gram_floor: relative floor of the rank-space Gram matrix, in (0, 1). Default 1e-4.
         kl_radius: radius of the global Fisher ball in nats per loss term, > 0. Default 0.005: every
@@ -75,6 +78,7 @@ class EngineOptions(TypedDict, total=False):
     basis_dtype: Literal["float32", "bfloat16"]
     sample_rows: int
     factor_every: int
+    exchange_every: int
     factor_warmup_steps: int
     factor_beta: float
     damping: float

@@ -43,7 +43,9 @@ def check_agreement(
     Raises:
         ValueError: in every process, naming each one that differs from the first and in what.
     """
-    own = {"options": repr(sorted(config.items(), key=lambda item: item[0]))}
+    # A function's printed address differs between processes that mean the same.
+    options = [(k, "a function" if callable(v) else v) for k, v in sorted(config.items())]
+    own = {"options": repr(options)}
     for index, pair in pairs:
         key = f"layer '{pair.name}'"
         shape = [*pair.b.shape, *pair.a.shape, str(pair.a.dtype), float(pair.scaling)]

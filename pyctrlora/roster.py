@@ -124,17 +124,7 @@ class Roster:
             _owners[pair.a] = self.token
 
     def schedule_ranks(self, options: _C.RankOptions) -> None:
-        """Puts the pairs that are here now under a budget.
-
-        Raises:
-            ValueError: several processes train together: their decisions would differ.
-        """
-        if self._joined is not None:
-            raise ValueError(
-                f"{_WHERE} expected one process for a rank_budget; got "
-                f"{self._joined.size()} that train together. Remedy: leave rank_budget out, or "
-                "choose ranks in one process and compact(model) before DDP."
-            )
+        """Puts the pairs that are here now under a budget."""
         self.engine.schedule_ranks(options)
         self.rank_options, self.rank_calls = options, len(self.pairs)
 

@@ -9,18 +9,20 @@ import torch
 
 from pyctrlora import _C
 from pyctrlora.param_groups import settings_of
+from pyctrlora.scaling import settle_scale
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
     from pyctrlora.roster import Roster
 
 
 def take_step(
     roster: Roster,
-    param_groups: list[dict[str, Any]],
+    optimizer: Optimizer,
     closure: Callable[[], Any] | None,
     loss: Callable[[], Any] | None,
 ) -> Any:
@@ -28,7 +30,7 @@ def take_step(
 
     Args:
         roster: of the optimizer.
-        param_groups: its groups.
+        optimizer: whose step it is.
         closure: see `CTROptimizer.step`.
         loss: see `CTROptimizer.step`.
 
@@ -36,6 +38,7 @@ def take_step(
         The closure's loss, or None.
 
     Raises:
+        ValueError: as `Roster.before_step` and `settle_scale`.
         TypeError: `loss` is a value, which cannot be evaluated again.
     """
     if loss is not None and not callable(loss):
@@ -44,7 +47,7 @@ def take_step(
             f"{type(loss).__name__}. Remedy: step(loss=lambda: loss_of(model(inputs), targets))."
         )
     engine = roster.engine
-    params = [p for group in param_groups for p in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     checked = engine.ratio_due() and not (closure is None and loss is None)
     probed = closure is not None and engine.probe_due()
     random = RandomState(params) if checked or probed else None
@@ -52,16 +55,15 @@ def take_step(
     if closure is not None:
         with torch.enable_grad():
             value = closure()
-    scale = roster.config.get("loss_scale")
-    if callable(scale):
-        engine.set_loss_scale(scale())
     roster.adopt_thawed()
     roster.before_step()
+    if not settle_scale(roster, optimizer, params):
+        return value
     if probed and closure is not None and random is not None:
         _probe(roster, random, params, closure)
     if loss is not None and checked:
         random = RandomState(params)
-    settings = [settings_of(group) for group in param_groups]
+    settings = [settings_of(group) for group in optimizer.param_groups]
     if not checked or random is None:
         engine.step(settings)
         return value

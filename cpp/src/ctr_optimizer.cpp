@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <set>
 #include <tuple>
+#include <utility>
 
 #include "ctrlora/lora_pair.h"
 #include "detail/check.h"
@@ -216,47 +217,45 @@ void CTROptimizer::adopt_thawed() {
   }
 }
 
-// The closure once more after the step, with the random numbers of the first time. Gradients,
-// generators and observations are as if it had not run.
-void CTROptimizer::check_step(const at::Tensor& before,
-                              const LossClosure& closure,
-                              const std::vector<at::Tensor>& params,
-                              const detail::RandomState& random) {
+std::vector<at::Tensor> CTROptimizer::all_params() const {
+  std::vector<at::Tensor> out;
+  for (const auto& group : param_groups_) {
+    out.insert(out.end(), group.params().begin(), group.params().end());
+  }
+  return out;
+}
+
+std::unique_ptr<detail::RandomState> CTROptimizer::check_due() const {
+  return engine_->ratio_due() ? std::make_unique<detail::RandomState>(all_params()) : nullptr;
+}
+
+// The loss with those random numbers; leaves no trace in gradients, generators and observations.
+at::Tensor CTROptimizer::evaluate(const LossClosure& loss,
+                                  const detail::RandomState& random,
+                                  bool with_gradients) {
+  const std::vector<at::Tensor> params = all_params();
   std::vector<at::Tensor> grads;
   for (const at::Tensor& param : params) {
-    grads.push_back(param.grad());
-    param.mutable_grad() = at::Tensor();
+    grads.push_back(
+        std::exchange(param.mutable_grad(), at::Tensor()));  // the closure writes its own
   }
   const detail::RandomState now(params);
   random.set();
   engine_->observe(false);
-  at::Tensor after;
-  {
-    const at::AutoGradMode with_gradients(true);
-    after = closure().detach();
-  }
+  const at::AutoGradMode mode(with_gradients);
+  const at::Tensor value = loss().detach();
   engine_->observe(true);
   now.set();
   for (size_t i = 0; i < params.size(); ++i) {
     params[i].mutable_grad() = grads[i];
   }
-  engine_->end_trial(before.item<double>(), after.item<double>());
+  return value;
 }
 
-at::Tensor CTROptimizer::step(LossClosure closure) {
-  at::Tensor loss;
-  std::vector<at::Tensor> params;
-  std::unique_ptr<detail::RandomState> random;
-  if (closure && engine_->ratio_due()) {
-    for (const auto& group : param_groups_) {
-      params.insert(params.end(), group.params().begin(), group.params().end());
-    }
-    random = std::make_unique<detail::RandomState>(params);
-  }
-  if (closure) {
-    const at::AutoGradMode with_gradients(true);
-    loss = closure();
-  }
+void CTROptimizer::advance(const at::Tensor& before,
+                           const LossClosure& again,
+                           const detail::RandomState* random,
+                           bool with_gradients) {
   const at::NoGradGuard no_gradients;
   adopt_thawed();
   std::vector<GroupSettings> settings;
@@ -265,14 +264,33 @@ at::Tensor CTROptimizer::step(LossClosure closure) {
     options.first_lr_ = options.first_lr_ == 0.0 ? options.lr() : options.first_lr_;
     settings.push_back(options.settings());
   }
-  if (random == nullptr) {
-    engine_->step(settings);
-    return loss;
+  if (random != nullptr) {
+    engine_->begin_trial();
   }
-  engine_->begin_trial();
   engine_->step(settings);
-  check_step(loss, closure, params, *random);
+  if (random != nullptr) {
+    check_step(before, evaluate(again, *random, with_gradients));
+  }
+}
+
+at::Tensor CTROptimizer::step(LossClosure closure) {
+  const std::unique_ptr<detail::RandomState> random = closure ? check_due() : nullptr;
+  at::Tensor loss;
+  if (closure) {
+    const at::AutoGradMode with_gradients(true);
+    loss = closure();
+  }
+  advance(loss, closure, random.get(), /*with_gradients=*/true);
   return loss;
+}
+
+void CTROptimizer::step_with_loss(const LossClosure& loss) {
+  CTRLORA_CHECK(loss != nullptr, "ctrlora::CTROptimizer::step_with_loss",
+                "expected a function that evaluates the loss; got none. Remedy: step().");
+  const std::unique_ptr<detail::RandomState> random = check_due();
+  const at::Tensor before =
+      random == nullptr ? at::Tensor() : evaluate(loss, *random, /*with_gradients=*/false);
+  advance(before, loss, random.get(), /*with_gradients=*/false);
 }
 
 void CTROptimizer::zero_grad(bool set_to_none) {

@@ -20,6 +20,8 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
   const auto number = [](int64_t value) { return at::full({1}, value, at::kLong); };
   out.emplace_back("version", number(kStateVersion));
   out.emplace_back("steps", number(steps_));
+  out.emplace_back("observe_every",
+                   number(groups_.empty() ? options_.factor_every : groups_[0]->observe_every()));
   out.emplace_back("radius", at::tensor({radius_.factor, radius_.actual, radius_.predicted,
                                          static_cast<double>(radius_.rejected)},
                                         at::kDouble));
@@ -142,7 +144,8 @@ void Engine::load(const std::map<std::string, at::Tensor>& tensors) {
   radius_.rejected = static_cast<int64_t>(numbers[3]);
   sampler_->set_step(steps_);
   for (size_t i = 0; i < groups_.size(); ++i) {
-    groups_[i]->after_load(tensors.at("group" + std::to_string(i) + ".age").item<int64_t>());
+    groups_[i]->after_load(tensors.at("group" + std::to_string(i) + ".age").item<int64_t>(),
+                           tensors.at("observe_every").item<int64_t>());
   }
 }
 

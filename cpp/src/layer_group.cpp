@@ -34,6 +34,7 @@ LayerGroup::LayerGroup(std::vector<LoraPair> pairs,
     : pairs_(std::move(pairs)),
       group_(group),
       options_(std::move(options)),
+      observe_every_(options_.factor_every),
       sampler_(std::move(sampler)),
       parameters_(std::make_unique<detail::ParameterSlabs>(pairs_)),
       observations_(std::make_unique<detail::PendingObservations>(layers(), options_)) {
@@ -160,7 +161,7 @@ Measurement LayerGroup::measurement(Range range,
 }
 
 std::optional<Measurement> LayerGroup::measure_gradients() const {
-  const Range range = observed();
+  const Range range = measured();
   if (range.begin == range.end) {
     return std::nullopt;
   }
@@ -169,7 +170,7 @@ std::optional<Measurement> LayerGroup::measure_gradients() const {
 }
 
 void LayerGroup::update_rms(const DirectionSquare& direction) {
-  const Range range = observed();
+  const Range range = measured();
   const auto part = [&](const at::Tensor& x) { return x.slice(0, range.begin, range.end); };
   // Right after a restart of the factors the mean is in another metric's units.
   const at::Tensor mean = part(rms_square_) / part(rms_weight_).clamp_min(1e-300);
@@ -303,11 +304,14 @@ std::vector<std::pair<std::string, at::Tensor>> LayerGroup::named_tensors() cons
   return out;
 }
 
-void LayerGroup::after_load(int64_t age) {
+void LayerGroup::after_load(int64_t age, int64_t observe_every) {
   age_ = age;
   observations_->clear();
   observations_->resume(factors_);
-  refreshing_ = age > 0 && lags(age - 1) ? due(age - 1, options_.factor_every) : Range{0, 0};
+  if (ranks_ != nullptr) {
+    ranks_->resume();
+  }
+  refreshing_ = age > 0 && lags(age - 1) ? due(age - 1, observe_every) : Range{0, 0};
   refresh_metrics();
   observe_next(true);
 }

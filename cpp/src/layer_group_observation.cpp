@@ -1,5 +1,8 @@
 // What a LayerGroup observes: which layers on which step, and how it enters the factors.
 
+#include <algorithm>
+#include <cmath>
+
 #include "ctrlora/layer_group.h"
 #include "detail/group_ranks.h"
 #include "detail/parameter_slabs.h"
@@ -22,16 +25,25 @@ LayerGroup::Range LayerGroup::due(int64_t step, int64_t every) const {
   return {(part * layers() + every - 1) / every, ((part + 1) * layers() + every - 1) / every};
 }
 
+// Layers whose rows enter the factors on this step.
 LayerGroup::Range LayerGroup::observed() const {
+  return age_ < options_.factor_warmup_steps ? Range{0, layers()} : due(age_, observe_every_);
+}
+
+// Layers whose raw direction is measured, and those whose rows enter a rank sketch: neither is
+// sent.
+LayerGroup::Range LayerGroup::measured() const {
   return age_ < options_.factor_warmup_steps ? Range{0, layers()}
                                              : due(age_, options_.factor_every);
 }
 
 void LayerGroup::observe_next(bool on) {
+  const bool sketching = ranks_ != nullptr && ranks_->phase() != detail::SketchPhase::kNone;
   const Range range = on ? observed() : Range{0, 0};
+  const Range sketched = on && sketching ? measured() : Range{0, 0};
   for (int64_t l = 0; l < layers(); ++l) {
     if (slots_[l] != nullptr) {
-      slots_[l]->set_wanted(l >= range.begin && l < range.end);
+      slots_[l]->set_wanted(range.has(l) || sketched.has(l));
     }
   }
 }
@@ -80,19 +92,30 @@ void LayerGroup::connect(const std::shared_ptr<LayerGroup>& self) {
 }
 
 int64_t LayerGroup::micro_batch(int64_t layer) const {
-  return observations_->micro_batch(layer);
+  const int64_t own = observations_->micro_batch(layer);
+  return ranks_ == nullptr ? own : std::max(own, ranks_->micro_batch(layer));
 }
 
 void LayerGroup::observe(int64_t layer, const Observation& observation) {
   if (ranks_ != nullptr) {
-    ranks_->add(layer, observation, micro_batch(layer) == 0);
+    ranks_->add(layer, observation);
   }
-  observations_->add(layer, observation, factors_);
+  if (observed().has(layer)) {
+    observations_->add(layer, observation, factors_);
+  }
 }
 
 void LayerGroup::set_processes(const std::shared_ptr<const Processes>& processes) {
-  observations_->set_processes(processes, factors_);
-  refresh_metrics();
+  processes_ = processes;
+  if (ranks_ != nullptr) {
+    ranks_->set_processes(processes);
+  }
+  if (options_.curvature != "gradient") {  // factors of equal gradients are equal already
+    observe_every_ = options_.exchange_every;
+    observations_->set_processes(processes, observe_every_, factors_);
+    refresh_metrics();
+  }
+  observe_next(true);
 }
 
 void LayerGroup::drop_observations() {
@@ -110,7 +133,7 @@ std::pair<at::Tensor, at::Tensor> LayerGroup::raw_gradients(Range range) const {
 }
 
 bool LayerGroup::lags(int64_t step) const {
-  return may_lag_ && step >= options_.factor_warmup_steps;
+  return may_lag_ && observe_every_ > 1 && step >= options_.factor_warmup_steps;
 }
 
 void LayerGroup::publish() {
@@ -146,8 +169,12 @@ void LayerGroup::commit_observations(SideStream& side) {
     for (const auto& item : view.named_tensors()) {
       tensors.push_back(item.second);
     }
+    Options own =
+        options_;  // the factors' memory in steps does not depend on how often they change
+    own.factor_beta = std::pow(own.factor_beta, static_cast<double>(observe_every_) /
+                                                    static_cast<double>(own.factor_every));
     side.submit(view.base_square.device(), std::move(tensors),
-                [view, sketch, options = options_]() mutable { view.commit(sketch, options); });
+                [view, sketch, own]() mutable { view.commit(sketch, own); });
     if (!lags(age_)) {
       side.join();
     }

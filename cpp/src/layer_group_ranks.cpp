@@ -34,6 +34,9 @@ void LayerGroup::balance_gauge() {
 
 void LayerGroup::schedule_ranks(int64_t candidates) {
   ranks_ = std::make_unique<detail::GroupRanks>(view(), options_, candidates);
+  if (processes_ != nullptr) {
+    ranks_->set_processes(processes_);
+  }
 }
 
 at::Tensor LayerGroup::directions() const {
@@ -45,6 +48,7 @@ void LayerGroup::enter_phase(int64_t phase, uint64_t stream) {
   const auto next = static_cast<detail::SketchPhase>(phase);
   if (ranks_ != nullptr && ranks_->phase() != next) {
     ranks_->begin(next, view(), stream);
+    observe_next(true);
   }
 }
 

@@ -211,6 +211,55 @@ TEST_CASE("a checked step runs the closure twice on the same random numbers, wit
   CHECK(same_bits(grads[0], grads[1]));
 }
 
+TEST_CASE("a loss is evaluated before and after a checked step, without gradients or a trace") {
+  std::vector<at::Tensor> noise, grads;
+  std::vector<double> ratios;
+  for (const bool by_closure : {false, true}) {
+    Net net;
+    ctrlora::Options engine;
+    engine.ratio_every = 2;
+    CTROptimizer opt(net.parameters(), CTROptions(1e-3).engine(engine));
+    std::vector<at::Tensor> seen;
+    std::vector<double> values;
+    const auto loss = [&] {
+      CHECK(at::GradMode::is_enabled() == false);
+      seen.push_back(at::rand({3}));
+      values.push_back(net.loss().item<double>());
+      return net.loss();
+    };
+    for (int step = 0; step < 2; ++step) {
+      const auto closure = [&] {
+        opt.zero_grad();
+        at::Tensor value = net.loss();
+        value.backward();
+        return value;
+      };
+      if (by_closure) {
+        opt.step(closure);
+      } else {
+        closure();
+        opt.step_with_loss(loss);
+      }
+    }
+    if (!by_closure) {
+      REQUIRE(seen.size() == 2);
+      CHECK(same_bits(seen[0], seen[1]));
+      CHECK(values[1] < values[0]);
+    }
+    noise.push_back(at::rand({3}));
+    grads.push_back(net.first->lora_b.grad().clone());
+    ratios.push_back(opt.metrics().at("ratio"));
+  }
+  CHECK(ratios[0] == ratios[1]);
+  CHECK(same_bits(noise[0], noise[1]));
+  CHECK(same_bits(grads[0], grads[1]));
+  Net net;
+  CTROptimizer opt(net.parameters(), CTROptions(1e-3));
+  CHECK(contains(error_of([&] { opt.step_with_loss(nullptr); }),
+                 "[ctrlora::CTROptimizer::step_with_loss] expected a function that evaluates the "
+                 "loss; got none."));
+}
+
 TEST_CASE("a rank budget holds from the first step on") {
   Net own;
   CTROptimizer opt(own.parameters(), CTROptions(0.1).total_steps(40).rank_budget(0.5));

@@ -83,6 +83,7 @@ TEST_CASE("engines of two processes end where one that saw all rows does") {
   at::manual_seed(2);
   Options options;
   options.kl_radius = 0.01;
+  options.exchange_every = options.factor_every;  // as often as one process
   constexpr int64_t kRows = 24, kHalf = 12;
   Model whole(2, options), left(2, options), right(2, options);
   for (size_t l = 0; l < 2; ++l) {

@@ -5,6 +5,9 @@ Writes what it ended with to FOLDER/rank<RANK>.pt, or its error to FOLDER/rank<R
 
 from __future__ import annotations
 
+import copy
+import os
+import signal
 import sys
 from contextlib import nullcontext
 from datetime import timedelta
@@ -70,18 +73,50 @@ def weights(scenario: str, step: int, count: int) -> list[float]:
 
 
 def options_of(scenario: str) -> dict[str, Any]:
-    options = {"lr": 0.1, "fallback_lr": 0.01}
-    if scenario == "sketch":  # neither all rows nor all directions
+    # As often as one process, so that runs can be compared.
+    options: dict[str, Any] = {"lr": 0.1, "fallback_lr": 0.01, "exchange_every": 3}
+    if scenario.startswith("sketch"):  # neither all rows nor all directions
         options |= {"sketch_rank": 3, "sample_rows": 5}
+    if scenario == "sketch, seldom":  # the default
+        options |= {"exchange_every": 12}
+    if scenario.startswith("ranks"):  # events after steps 10, 60 and 110
+        options |= {"rank_budget": 0.7, "total_steps": 200}
     return options
 
 
-def train(scenario: str, rank: int, count: int, steps: int) -> dict[str, Any]:
-    net = Net()
-    model = DistributedDataParallel(net)
+def optimizer_of(scenario: str, model: nn.Module) -> pyctrlora.CTROptimizer:
     opt = pyctrlora.CTROptimizer(model.named_parameters(), **options_of(scenario))
+    if scenario.startswith("ranks"):  # the wrong way round, so that directions must move
+        names = {layer.split(".")[-1]: layer for layer in opt.ranks()}
+        opt.allocate_ranks({names["first"]: [1.0, 0, 0, 0], names["second"]: [1.0] * 4})
+    return opt
+
+
+def built(scenario: str) -> tuple[Net, DistributedDataParallel, pyctrlora.CTROptimizer]:
+    net = Net(rank=4 if scenario.startswith("ranks") else 3)
+    model = DistributedDataParallel(net)
+    return net, model, optimizer_of(scenario, model)
+
+
+def interrupted(
+    scenario: str, net: Net, opt: pyctrlora.CTROptimizer
+) -> tuple[Net, DistributedDataParallel, pyctrlora.CTROptimizer]:
+    """Anew from what was saved, by each process or by the first one."""
+    saved = [copy.deepcopy({"model": net.state_dict(), "optimizer": opt.state_dict()})]
+    if scenario == "ranks, one file":
+        dist.broadcast_object_list(saved, src=0)
+    net, model, opt = built(scenario)
+    net.load_state_dict(saved[0]["model"])
+    opt.load_state_dict(saved[0]["optimizer"])
+    return net, model, opt
+
+
+def train(scenario: str, rank: int, count: int, steps: int) -> dict[str, Any]:
+    net, model, opt = built(scenario)
     losses = []
     for step in range(steps):
+        if scenario in ("ranks, own files", "ranks, one file") and step in (35, 52):
+            net, model, opt = interrupted(scenario, net, opt)
         x, y = batch(step)
         own = share(scenario, step, rank, count)
         parts = [own]
@@ -100,8 +135,8 @@ def train(scenario: str, rank: int, count: int, steps: int) -> dict[str, Any]:
 
 def alone(scenario: str, count: int, steps: int) -> dict[str, Any]:
     """The same run in one process on the joined batch."""
-    net = Net()
-    opt = pyctrlora.CTROptimizer(net.named_parameters(), **options_of(scenario))
+    net = Net(rank=4 if scenario.startswith("ranks") else 3)
+    opt = optimizer_of(scenario, net)
     losses = []
     for step in range(steps):
         x, y = batch(step)
@@ -128,6 +163,7 @@ def ended(net: Net, opt: pyctrlora.CTROptimizer, losses: list[float]) -> dict[st
         "products": products,
         "losses": losses,
         "metrics": opt.metrics(),
+        "ranks": opt.report()["history"],
         "state": {n: t.clone() for n, t in opt.state_dict()["ctrlora"]["tensors"].items()},
     }
 
@@ -144,6 +180,19 @@ def disagree(scenario: str, rank: int) -> None:
         opt.step()
     finally:
         assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
+
+
+def lost(folder: Path, rank: int, steps: int) -> None:
+    """The last process dies between its backward and its step: its gradients were still sent."""
+    _, model, opt = built("plain")
+    for step in range(steps):
+        x, y = batch(step)
+        opt.zero_grad()
+        loss_of(model, x, y).backward()
+        if step == 9 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        opt.step()
+        (folder / f"steps{rank}.txt").write_text(str(step + 1))
 
 
 def resume(folder: Path, rank: int, count: int, steps: int) -> dict[str, Any]:
@@ -173,6 +222,8 @@ def main() -> None:
     try:
         if scenario in ("another rank", "another option", "no ddp"):
             disagree(scenario, rank)
+        elif scenario == "lost":
+            lost(folder, rank, steps)
         elif scenario == "resume":
             torch.save(resume(folder, rank, count, steps), folder / f"rank{rank}.pt")
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,10 +33,15 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked source distribution."""
+    """The unpacked source distribution, made in a clean environment by the backend alone."""
     folder = tmp_path_factory.mktemp("sdist")
+    clean = tmp_path_factory.mktemp("clean")
+    run(sys.executable, "-m", "venv", clean)
+    python = clean / "bin" / "python"
+    needs = re.findall(r'^requires = \["(.+)"\]$', (ROOT / "pyproject.toml").read_text(), re.M)
+    run(python, "-m", "pip", "--quiet", "install", *needs)
     code = "import sys; from scikit_build_core import build; build.build_sdist(sys.argv[1])"
-    run(sys.executable, "-c", code, folder)
+    run(python, "-c", code, folder)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
@@ -84,6 +90,22 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert installed == headers
     libraries = [name for name in names if name.endswith(".so") or ".so." in name]
     assert len(libraries) == 2, "torch's libraries are never bundled"
+
+
+# What every Linux of the manylinux policies has.
+SYSTEM = {"libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2"}
+
+
+def test_libraries_need_torchs_and_the_systems_and_nothing_else(wheel, tmp_path):
+    """As auditwheel with torch's excluded: no others, and no path of the build machine."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    torch = {path.name for path in (Path(__import__("torch").__file__).parent / "lib").iterdir()}
+    for library in sorted((tmp_path / "pyctrlora").glob("*.so")):
+        dynamic = run("readelf", "--dynamic", "--wide", library)
+        needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic))
+        assert needed - SYSTEM - torch - {"libctrlora.so"} == set(), library.name
+        (path,) = re.findall(r"\(RUNPATH\).*\[(.+)\]", dynamic)
+        assert set(path.split(":")) <= {"$ORIGIN", "$ORIGIN/../torch/lib"}, library.name
 
 
 def test_metadata(wheel):

@@ -143,16 +143,19 @@ def test_autocast_trains_with_float32_statistics(net, batches, state, kind, dtyp
     assert all(t.isfinite().all() for t in wide.values())
 
 
+@pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"rank_budget": 0.5, "total_steps": 260}])
 @pytest.mark.parametrize("kind", ["own", "peft"])
 def test_a_step_that_the_scaler_skips_leaves_nothing_behind(
-    net, batches, state, same, kind, settings
+    net, batches, state, same, kind, settings, told
 ):
     results = []
     for overflow in (False, True):
         model = net(kind, dtype=torch.float32)
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1000)
-        opt = CTROptimizer.from_model(model, loss_scale=scaler.get_scale, **settings)
+        if told:
+            settings = {**settings, "loss_scale": scaler.get_scale}
+        opt = CTROptimizer.from_model(model, **settings)
         for index, (x, y) in enumerate(batches(11, dtype=torch.float32)):
             for bad in (True, False) if overflow and index in (3, 9) else (False,):
                 opt.zero_grad()

@@ -138,6 +138,11 @@ class CTRLORA_API CTROptimizer : public torch::optim::Optimizer {
   /// @return its loss, or an undefined tensor.
   at::Tensor step(LossClosure closure = nullptr) override;
 
+  /// One step like step(), for ratio_every without a closure: where a check is due, `loss` is
+  /// evaluated before and after the step, without gradients and without a trace.
+  /// @param loss of the batch that the gradients came from. @throws c10::ValueError if empty.
+  void step_with_loss(const LossClosure& loss);
+
   /// Forgets the gradients and what was observed while they were made: the backward of a step that
   /// is skipped leaves nothing behind.
   // NOLINTNEXTLINE(bugprone-derived-method-shadowing-base-method): torch's knows of no observations
@@ -166,10 +171,18 @@ class CTRLORA_API CTROptimizer : public torch::optim::Optimizer {
   [[nodiscard]] std::vector<LoraPair> pairs_among(const std::vector<at::Tensor>& params) const;
   void adopt_thawed();
   void schedule_ranks(const CTROptions& defaults);
-  void check_step(const at::Tensor& before,
-                  const LossClosure& closure,
-                  const std::vector<at::Tensor>& params,
-                  const detail::RandomState& random);
+  [[nodiscard]] std::vector<at::Tensor> all_params() const;
+  [[nodiscard]] std::unique_ptr<detail::RandomState> check_due() const;  // null: it is not
+  at::Tensor evaluate(const LossClosure& loss,
+                      const detail::RandomState& random,
+                      bool with_gradients);
+  void check_step(const at::Tensor& before, const at::Tensor& after) {
+    engine_->end_trial(before.item<double>(), after.item<double>());
+  }
+  void advance(const at::Tensor& before,
+               const LossClosure& again,
+               const detail::RandomState* random,
+               bool with_gradients);
   CTROptions& options_of(size_t group);
   [[nodiscard]] const CTROptions& options_of(size_t group) const;
 

@@ -116,14 +116,20 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   /// State by name, without the parameters; live tensors.
   [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
   /// To be called when those were overwritten.
-  void after_load(int64_t age);
+  /// @param observe_every of the run that saved it.
+  void after_load(int64_t age, int64_t observe_every);
+  /// Steps between two observations of a layer that enter its factors: factor_every of one process,
+  /// exchange_every of several.
+  [[nodiscard]] int64_t observe_every() const { return observe_every_; }
 
  private:
   struct Range {
     int64_t begin, end;
+    [[nodiscard]] bool has(int64_t layer) const { return begin <= layer && layer < end; }
   };
   [[nodiscard]] Range due(int64_t step, int64_t every) const;
   [[nodiscard]] Range observed() const;
+  [[nodiscard]] Range measured() const;
   [[nodiscard]] std::pair<at::Tensor, at::Tensor> raw_gradients(Range range) const;
   [[nodiscard]] Measurement measurement(Range range,
                                         const at::Tensor& momentum_a,
@@ -141,10 +147,12 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   std::vector<std::shared_ptr<ObservationSlot>> slots_;  // null: nothing observes this layer
   int64_t group_;
   Options options_;
+  int64_t observe_every_;
   std::shared_ptr<RowSampler> sampler_;
   std::unique_ptr<detail::ParameterSlabs> parameters_;
   std::unique_ptr<detail::PendingObservations> observations_;
-  std::unique_ptr<detail::GroupRanks> ranks_;  // null: no schedule
+  std::unique_ptr<detail::GroupRanks> ranks_;   // null: no schedule
+  std::shared_ptr<const Processes> processes_;  // null: there is one
 
   at::Tensor momentum_a_, momentum_b_;   // (L, r, n), (L, m, r), statistics' dtype
   at::Tensor momentum_weight_;           // (L) float64: 1 - beta1^t of the steps taken

@@ -44,6 +44,10 @@ struct CTRLORA_API Options {
   /// Steps between two observations of a layer, >= 1. 3 ends 0.03 nats below 10 [M].
   int64_t factor_every = 3;
 
+  /// The same under several processes, >= 1: then what is observed is also sent. 12: a twelfth of
+  /// the sketches a step.
+  int64_t exchange_every = 12;
+
   /// First steps on which every layer is observed, >= 0: the factors start from nothing.
   int64_t factor_warmup_steps = 5;
 

@@ -62,9 +62,10 @@ GroupRanks::GroupRanks(const GroupView& view, const Options& options, int64_t sk
   sum_b_ = at::zeros({layers, m, q}, tall);
   sum_a_ = at::zeros({layers, 2, q, n}, tall);
   steps_ = at::zeros({layers}, at::kDouble);
+  process_ = at::zeros({layers}, at::kLong);
   pending_b_ = at::zeros_like(sum_b_);
   pending_a_ = at::zeros_like(sum_a_);
-  pending_steps_ = at::zeros_like(steps_);
+  pending_backwards_ = at::zeros_like(steps_);
   score_ = at::zeros(view.gram_a.sizes(), small);
   score_steps_ = at::zeros({layers}, small);
 }
@@ -106,6 +107,7 @@ void GroupRanks::begin_range(const GroupView& view, uint64_t stream) {
 
 // U = orth((I - Pi_B) S_g^-1/2 Y), kept as S_g^-1/2 U.
 void GroupRanks::begin_split(const GroupView& view) {
+  add_up(sum_b_);
   const LowRankEigen& s = view.factors.output;
   const at::Tensor b = view.b.to(sum_b_.scalar_type());
   const at::Tensor inside = small_bmm(active_inverse(view.gram_b, kFloor), tall_gram(b, sum_b_));
@@ -114,10 +116,56 @@ void GroupRanks::begin_split(const GroupView& view) {
   const at::Tensor range =
       singular_vectors(singular_vectors(at::nan_to_num(residual, 0.0, 0.0, 0.0)));
   probe_b_.copy_(whiten(s, range, -1.0));
+  sum_b_.zero_();
   steps_.zero_();
 }
 
-void GroupRanks::add(int64_t layer, const Observation& rows, bool new_step) {
+void GroupRanks::set_processes(std::shared_ptr<const Processes> processes) {
+  drop();
+  processes_ = std::move(processes);
+  resume();
+}
+
+void GroupRanks::resume() {
+  const int64_t own = processes_ == nullptr ? 0 : processes_->rank;
+  if (*process_.const_data_ptr<int64_t>() != own) {
+    sum_b_.zero_();
+    sum_a_.zero_();
+    steps_.zero_();
+    process_.fill_(own);
+  }
+}
+
+// A mean over steps and processes: with a mean loss in each, the gradient of DDP's loss.
+void GroupRanks::add_up(const at::Tensor& sums) {
+  if (processes_ != nullptr) {
+    const at::Tensor steps = steps_.to(sums.device());  // a device's collectives take its tensors
+    const at::ScalarType dtype = sums.scalar_type();    // as Processes::sum sends them
+    const at::Tensor sent = sums.to(dtype == at::kFloat ? at::kBFloat16 : dtype);
+    processes_->all_reduce({sent, steps});
+    sums.copy_(sent);
+    steps_.copy_(steps);
+  }
+}
+
+int64_t GroupRanks::micro_batch(int64_t layer) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return static_cast<int64_t>(pending_backwards_.const_data_ptr<double>()[layer]);
+}
+
+namespace {
+
+// Half shares of a process' rows that are in the first half of the joined batch, in which the
+// processes' rows follow each other: both or none but for a middle process. Rows of one sequence
+// are not independent, and a process may have but one sequence.
+int64_t shares_in_first_half(const Processes* processes) {
+  return processes == nullptr ? 1
+                              : std::clamp<int64_t>(processes->count - 2 * processes->rank, 0, 2);
+}
+
+}  // namespace
+
+void GroupRanks::add(int64_t layer, const Observation& rows) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const SketchPhase now = phase();
   if (now == SketchPhase::kNone || rows.inputs.size(-1) != probe_a_.size(1) ||
@@ -139,10 +187,12 @@ void GroupRanks::add(int64_t layer, const Observation& rows, bool new_step) {
     pending_b_[layer].addmm_(g.t(), at::mm(x, probe_a_[layer]));
   } else {
     const at::Tensor c = at::mm(g, probe_b_[layer]);
-    const int64_t half = x.size(0) / 2;
+    const int64_t shares = shares_in_first_half(processes_.get());
+    const int64_t half = x.size(0) * shares / 2;
     const auto part = [&](int64_t which, int64_t begin, int64_t end) {
-      if (begin < end) {  // scaled to stand for all rows
-        const double share = static_cast<double>(x.size(0)) / static_cast<double>(end - begin);
+      if (begin < end) {  // scaled to stand for all rows, of all processes
+        const double share =
+            shares == 1 ? static_cast<double>(x.size(0)) / static_cast<double>(end - begin) : 2.0;
         pending_a_[layer][which].addmm_(c.slice(0, begin, end).t(), x.slice(0, begin, end), 1,
                                         share);
       }
@@ -150,14 +200,14 @@ void GroupRanks::add(int64_t layer, const Observation& rows, bool new_step) {
     part(0, 0, half);
     part(1, half, x.size(0));
   }
-  pending_steps_[layer] += new_step ? 1.0 : 0.0;
+  pending_backwards_[layer] += 1.0;
 }
 
 void GroupRanks::commit(double loss_scale) {
   if (any_pending_) {
     sum_b_.add_(pending_b_, 1 / loss_scale);
     sum_a_.add_(pending_a_, 1 / loss_scale);
-    steps_.add_(pending_steps_);
+    steps_.add_(pending_backwards_ > 0);
     drop();
   }
 }
@@ -167,7 +217,7 @@ void GroupRanks::drop() {
   if (any_pending_) {
     pending_b_.zero_();
     pending_a_.zero_();
-    pending_steps_.zero_();
+    pending_backwards_.zero_();
     any_pending_ = false;
   }
 }
@@ -183,7 +233,10 @@ void GroupRanks::transport(const GaugeMap& gauge) {  // A <- R A, gradA <- R^-T 
       select_layers(gauge.ok, small_bmm(small_bmm(gauge.map, score_), gauge.inverse), score_));
 }
 
-GroupScores GroupRanks::scores(const GroupView& view) const {
+GroupScores GroupRanks::scores(const GroupView& view) {
+  if (phase() == SketchPhase::kSplit) {
+    add_up(sum_a_);
+  }
   const at::Tensor p = view.gram_b.diagonal(0, -2, -1);
   const at::Tensor q = view.gram_a.diagonal(0, -2, -1);
   const at::Tensor slope = score_.diagonal(0, -2, -1) / score_steps_.clamp_min(1.0).unsqueeze(-1);
@@ -251,7 +304,8 @@ std::vector<std::pair<std::string, at::Tensor>> GroupRanks::named_tensors() cons
   return {{"ranks.phase", phase_},     {"ranks.probe_a", probe_a_},
           {"ranks.probe_b", probe_b_}, {"ranks.sum_a", sum_a_},
           {"ranks.sum_b", sum_b_},     {"ranks.steps", steps_},
-          {"ranks.score", score_},     {"ranks.score_steps", score_steps_}};
+          {"ranks.score", score_},     {"ranks.score_steps", score_steps_},
+          {"ranks.process", process_}};
 }
 
 void GroupRanks::to(const at::TensorOptions& statistics) {

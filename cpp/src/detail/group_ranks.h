@@ -3,12 +3,14 @@
 //
 // Leading dimension L throughout. The sketch has two phases. First Y = G V from random probes V
 // gives the range U of the residual; then Z = U^T G is summed over two halves of the rows, so that
-// each half can judge the directions of the other.
+// each half can judge the directions of the other. Several processes add up their sums when a phase
+// ends, not on every step; until then each one's sums are its own.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -18,6 +20,7 @@
 #include "ctrlora/kronecker_factors.h"
 #include "ctrlora/observation.h"
 #include "ctrlora/options.h"
+#include "ctrlora/processes.h"
 
 namespace ctrlora::detail {
 
@@ -47,7 +50,14 @@ class GroupRanks {
   /// Enters a phase: clears the sums and draws or orthonormalises its probes.
   void begin(SketchPhase phase, const GroupView& view, uint64_t stream);
   /// Adds the rows of one backward of one layer to what is pending. Thread-safe.
-  void add(int64_t layer, const Observation& rows, bool new_step);
+  void add(int64_t layer, const Observation& rows);
+  /// Backwards of this layer that are pending.
+  [[nodiscard]] int64_t micro_batch(int64_t layer) const;
+  /// From now on a phase ends with the sums of all processes.
+  void set_processes(std::shared_ptr<const Processes> processes);
+  /// After named_tensors() were loaded: sums of another process are forgotten here, since that one
+  /// will send them.
+  void resume();
   /// Enters what is pending into the sums: a step is being taken, and its loss scale is known.
   void commit(double loss_scale);
   /// Forgets it: the step is not taken.
@@ -57,7 +67,8 @@ class GroupRanks {
   /// Follows the parameters through a change of gauge.
   void transport(const GaugeMap& gauge);
 
-  [[nodiscard]] GroupScores scores(const GroupView& view) const;
+  /// Ends the second phase. Called by all processes at the same step.
+  [[nodiscard]] GroupScores scores(const GroupView& view);
   /// Zeroes what is not in `keep` (L, r) bool, writes rows grow (L, r) int64 (index into
   /// GroupScores::rows, -1: none) as new A rows of the present rows' size; momenta are zeroed.
   void change(const GroupView& view,
@@ -74,18 +85,22 @@ class GroupRanks {
                                   const at::Tensor& columns,
                                   double sign) const;
   void begin_range(const GroupView& view, uint64_t stream);
+  void add_up(const at::Tensor& sums);
   void begin_split(const GroupView& view);
 
   double exponent_, damping_;
   uint64_t seed_;
-  std::mutex mutex_;
+  std::shared_ptr<const Processes> processes_;  // null: there is one
+  mutable std::mutex mutex_;
   at::Tensor phase_;              // (L) int64, all equal
   at::Tensor probe_a_, probe_b_;  // (L, n, q), (L, m, q): V and U, unwhitened
   at::Tensor sum_b_;              // (L, m, q): G V
   at::Tensor sum_a_;              // (L, 2, q, n): U^T G of both halves
-  at::Tensor steps_;              // (L) float64 CPU: steps in the sums
+  at::Tensor steps_;              // (L) float64 CPU: steps in the sums, each process' counted
+  at::Tensor process_;            // (L) int64 CPU, all equal: whose sums these are
   // The same since the last step; zero, and not added, while nothing is pending.
-  at::Tensor pending_b_, pending_a_, pending_steps_;
+  at::Tensor pending_b_, pending_a_;
+  at::Tensor pending_backwards_;  // (L) float64 CPU
   bool any_pending_ = false;
   at::Tensor score_;        // (L, r, r) float64 sum of A gradA^T
   at::Tensor score_steps_;  // (L) float64

@@ -72,7 +72,7 @@ PendingObservations::Rows finite_rows(const at::Tensor& values) {
 
 PendingObservations::PendingObservations(int64_t layers, const Options& options)
     : seed_(options.seed),
-      factor_every_(options.factor_every),
+      observe_every_(options.factor_every),
       mean_loss_(options.loss_reduction == "mean"),
       sums_(static_cast<size_t>(layers)),
       share_set_(at::full({layers}, -1, at::kLong)),
@@ -98,10 +98,20 @@ int64_t PendingObservations::micro_batch(int64_t layer) const {
 
 // A share set must stay within one part of the schedule: only then are its bases refreshed
 // together.
-bool PendingObservations::joins(int64_t layer) const {
+bool PendingObservations::together(int64_t layer, int64_t other) const {
   const auto layers = static_cast<int64_t>(sums_.size());
-  const auto part = [&](int64_t l) { return l * factor_every_ / layers; };
-  return last_.set >= 0 && part(layer) == part(last_.set);
+  const auto part = [&](int64_t l) { return l * observe_every_ / layers; };
+  return part(layer) == part(other);
+}
+
+// Sets that were found under another schedule.
+void PendingObservations::separate() {
+  auto* set = share_set_.data_ptr<int64_t>();
+  for (int64_t l = 0; l < share_set_.numel(); ++l) {
+    if (set[l] >= 0 && !together(l, set[l])) {
+      set[l] = l;
+    }
+  }
 }
 
 FactorSketch PendingObservations::input_sketch(int64_t layer,
@@ -112,7 +122,7 @@ FactorSketch PendingObservations::input_sketch(int64_t layer,
   const bool same_input = last_.inputs.defined() && last_.inputs.is_same(observation.inputs);
   const bool first = *set < 0;
   if (first) {
-    *set = same_input && joins(layer) ? last_.set : layer;
+    *set = same_input && last_.set >= 0 && together(layer, last_.set) ? last_.set : layer;
   }
   LowRankEigen factor = factors.input.slice(layer, layer + 1);
   if (!is(started_, layer)) {
@@ -202,7 +212,7 @@ CurvatureSketch PendingObservations::collect(int64_t begin,
     const auto [rows_a, rows_b] = gradient_rows();
     const at::Tensor weights =
         grad_ok.to(at::kDouble).unsqueeze(-1).expand({end - begin, rows_a.size(1)});
-    if (age < kProxyStarts * factor_every_) {
+    if (age < kProxyStarts * observe_every_) {
       const at::Tensor fresh = sketch.from_gradient.logical_and(factors.seen == 0);
       factors.input.start_basis(rows_a, fresh, seed_);
       factors.output.start_basis(rows_b, fresh, seed_);
@@ -224,10 +234,13 @@ void PendingObservations::clear() {
 }
 
 void PendingObservations::set_processes(std::shared_ptr<const Processes> processes,
+                                        int64_t observe_every,
                                         KroneckerFactors& factors) {
   clear();
   const std::lock_guard<std::mutex> lock(mutex_);
   processes_ = std::move(processes);
+  observe_every_ = observe_every;
+  separate();
   start_all(factors);
 }
 
@@ -245,6 +258,7 @@ void PendingObservations::start_all(KroneckerFactors& factors) {
 
 void PendingObservations::resume(KroneckerFactors& factors) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  separate();
   if (processes_ != nullptr) {
     start_all(factors);
   }

@@ -59,7 +59,10 @@ class PendingObservations {
   }
   /// From now on sums are those of all processes. Bases that rows have not started yet are started
   /// from random numbers, the same in every process. What is pending is dropped.
-  void set_processes(std::shared_ptr<const Processes> processes, KroneckerFactors& factors);
+  /// @param observe_every steps between two observations of a layer from now on.
+  void set_processes(std::shared_ptr<const Processes> processes,
+                     int64_t observe_every,
+                     KroneckerFactors& factors);
   /// After these and the factors were loaded.
   void resume(KroneckerFactors& factors);
 
@@ -78,12 +81,13 @@ class PendingObservations {
                                           const Observation& observation,
                                           const Rows& rows,
                                           KroneckerFactors& factors);
-  [[nodiscard]] bool joins(int64_t layer) const;
+  [[nodiscard]] bool together(int64_t layer, int64_t other) const;
+  void separate();
   void start_all(KroneckerFactors& factors);
 
   mutable std::mutex mutex_;
   uint64_t seed_;
-  int64_t factor_every_;
+  int64_t observe_every_;
   bool mean_loss_;
   std::shared_ptr<const Processes> processes_;  // null: there is one
   std::vector<Sums> sums_;
