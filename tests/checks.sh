@@ -110,5 +110,6 @@ run_coverage() {
 }
 
 run_mutate() { # [FILES] [--every N] [--list]
-  "$PY" tests/mutation/mutate.py --jobs "$JOBS" "$@"
+  build all -DCTRLORA_BUILD_TESTS=ON
+  "$PY" tests/mutation/mutate.py --build "$BUILD" "$@"
 }

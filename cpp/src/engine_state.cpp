@@ -61,7 +61,8 @@ std::string difference(const std::vector<std::pair<std::string, at::Tensor>>& ow
       out += "\n  missing " + name;
     } else if (found->second.sizes() != tensor.sizes()) {
       out += c10::str("\n  ", name, ": expected ", tensor.sizes(), "; got ", found->second.sizes());
-    } else if (const std::string why = detail::unusable(name, tensor, found->second); !why.empty()) {
+    } else if (const std::string why = detail::unusable(name, tensor, found->second);
+               !why.empty()) {
       out += c10::str("\n  ", name, ": ", why);
     }
   }
@@ -81,7 +82,8 @@ void Engine::load(const std::map<std::string, at::Tensor>& tensors) {
   constexpr const char* kWhere = "ctrlora::Engine::load";
   const auto version = tensors.find("version");
   const bool one = version != tensors.end() && version->second.numel() == 1 &&
-                   version->second.scalar_type() == at::kLong;
+                   version->second.scalar_type() == at::kLong && !version->second.is_meta() &&
+                   version->second.layout() == at::kStrided;
   const int64_t got = one ? version->second.item<int64_t>() : 0;
   CTRLORA_CHECK(got == kStateVersion, kWhere, "expected state of format version ", kStateVersion,
                 "; got ", one ? std::to_string(got) : std::string("none"),

@@ -165,7 +165,7 @@ TEST_CASE("memory that runs out in a refresh beside training costs that refresh 
     problems::Warnings warnings;
     {
       NoMemory guard(request, /*elsewhere=*/true);
-      own.engine.step({GroupSettings{}});  // submits a refresh
+      own.engine.step({GroupSettings{}});             // submits a refresh
       static_cast<void>(own.engine.named_tensors());  // joins it
       ran_out = guard.ran_out();
     }
@@ -255,7 +255,8 @@ TEST_CASE("decompositions that fail, all or at random, never stop training") {
   }
 }
 
-TEST_CASE("an eigendecomposition that fails keeps the basis, is counted, and the next one heals it") {
+TEST_CASE(
+    "an eigendecomposition that fails keeps the basis, is counted, and the next one heals it") {
   at::manual_seed(10);
   Options options = quick();
   options.factor_warmup_steps = 3;  // every step refreshes every layer
@@ -275,7 +276,8 @@ TEST_CASE("an eigendecomposition that fails keeps the basis, is counted, and the
   train(own, 1);
   const State healed = copy_of(own.engine);
   CHECK(healed.at("group0.factor_misses").eq(0).all().item<bool>());
-  CHECK_FALSE(problems::same_bits(healed.at("group0.input.basis"), before.at("group0.input.basis")));
+  CHECK_FALSE(
+      problems::same_bits(healed.at("group0.input.basis"), before.at("group0.input.basis")));
 }
 
 TEST_CASE("one layer's decomposition that fails leaves the others' as they are") {

@@ -28,13 +28,13 @@ def main() -> None:
     corpus = Path(__file__).parents[2] / "build" / "fuzz" / name
     corpus.mkdir(parents=True, exist_ok=True)
     seeds = Path(__file__).parent / "corpus" / name
-    flags = [f"-artifact_prefix={corpus.parent}/{name}-", "-max_len=256", "-rss_limit_mb=4096", "-len_control=0"]
+    flags = [f"-artifact_prefix={corpus.parent}/{name}-", "-max_len=256", "-len_control=0"]
     files = [f for f in rest if not f.isdigit()]
     if files:
         flags += files
     else:
         seconds = rest[0] if rest else "60"
-        flags += [f"-max_total_time={seconds}", "-timeout=30", "-print_final_stats=1"]
+        flags += [f"-max_total_time={seconds}", "-timeout=30", "-rss_limit_mb=4096"]
         flags += [str(corpus), *([str(seeds)] if seeds.is_dir() else [])]
     target = TARGETS[name]
     atheris.Setup([sys.argv[0], *flags], target)

@@ -32,9 +32,9 @@ std::string unusable(const std::string& name, const at::Tensor& own, const at::T
   if (!probe && !at::isfinite(given.to(own.scalar_type())).all().item<bool>()) {
     return "expected finite numbers; got others";
   }
-  const bool counts =
-      ends_with_any(name, {"eigenvalues", "trace", "_square", "_sq", "_weight", "age", "step",
-                           "steps", "seen", "misses", "skipped", "phase", "first", "rows", "batches"});
+  const bool counts = ends_with_any(
+      name, {"eigenvalues", "trace", "_square", "_sq", "_weight", "age", "step", "steps", "seen",
+             "misses", "skipped", "phase", "first", "rows", "batches"});
   if (counts && given.lt(0).any().item<bool>()) {
     return "expected no negative numbers; got some";
   }
