@@ -23,5 +23,5 @@ def test_random_inputs(target: str, data: bytes) -> None:
 @pytest.mark.parametrize(
     "file", sorted(CORPUS.rglob("*-*")), ids=lambda f: f"{f.parent.name}-{f.name[:12]}"
 )
-def test_inputs_that_once_were_findings(file: Path) -> None:
+def test_inputs_of_the_corpus(file: Path) -> None:
     TARGETS[file.parent.name](file.read_bytes())
