@@ -30,7 +30,7 @@ import pyctrlora
 from pyctrlora import checkpoint
 
 BUDGET, RANK, LOOK = 0.5, 4, 100  # LOOK: steps between two looks at memory and ranks
-# Limits: the looks themselves keep some 2 KiB in a thousand steps; a leak of one small tensor a step
+# Limits: the looks themselves keep some 2 KiB in a thousand steps; a leak of one tensor a step
 # would be 100 KiB. Bases of float32: 1e-4 is far above rounding.
 MAX_SLOPE, MAX_DRIFT = 12.0 * 1024, 1e-4
 
