@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from pyctrlora.files import replacing
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
 
     from torch import Tensor, nn
 
@@ -59,8 +62,11 @@ def save(
         "step": step,
         "others": {name: _state_of(value) for name, value in others.items()},
     }
-    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+    with replacing(Path(path)) as temporary, temporary.open("wb") as file, _checksums():
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch closes its archive first, and fails once more
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def load(
@@ -105,6 +111,7 @@ def load(
         )
     kept = _kept(model)
     _check_same(kept, content["model"], path)
+    _check_rng(content["rng"], path)
     optimizer.load_state_dict(content["optimizer"])  # checks all before it changes anything
     with torch.no_grad():
         for name, tensor in kept.items():
@@ -116,14 +123,32 @@ def load(
     return {"step": content["step"], **plain}
 
 
-def _read(path: Path) -> Any:
-    """Torch tells of a damaged file by many kinds of exceptions; a missing one stays an OSError."""
+@contextmanager
+def _checksums() -> Iterator[None]:
+    """`load` compares them; torch writes them unless somebody has told it not to."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _read(path: Path) -> Any:
+    """Torch tells of a damaged file by many kinds of exceptions; a missing one stays an OSError.
+
+    Torch itself does not compare checksums: a changed bit would become a changed number.
+    """
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                raise ValueError(f"a wrong checksum of '{broken}'")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def _damaged(path: Any, got: str) -> ValueError:
@@ -143,7 +168,7 @@ def _state_of(value: Any) -> Any:
 
 
 def _check_same(own: dict[str, Tensor], saved: dict[str, Tensor], path: Any) -> None:
-    shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (own, saved)]
+    shapes = [{name: _shape(t) for name, t in side.items()} for side in (own, saved)]
     if shapes[0] == shapes[1]:
         return
     lines = [
@@ -157,9 +182,21 @@ def _check_same(own: dict[str, Tensor], saved: dict[str, Tensor], path: Any) -> 
     )
 
 
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
 def _rng_state() -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _check_rng(state: Any, path: Any) -> None:
+    try:
+        torch.Generator().set_state(state["cpu"])
+        len(state["cuda"])
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise _damaged(path, f"no random state: {error}") from error
 
 
 def _restore_rng(state: dict[str, Any]) -> None:

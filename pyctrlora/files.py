@@ -39,6 +39,21 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Safetensors tells of a full disk by an exception of its own; outside it is an OSError.
+
+    Raises:
+        OSError: in place of safetensors' error.
+    """
+    import safetensors
+
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyctrlora.files import replacing
+from pyctrlora.files import disk_errors, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], described: Mapping[str, str]
     path.parent.mkdir(parents=True, exist_ok=True)
     # Copies: some are views of one storage, which safetensors refuses.
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, disk_errors():
         safetensors.save_file(whole, temporary, metadata=dict(described))
 
 

@@ -14,7 +14,6 @@ from pyctrlora.param_groups import (
     FALLBACK,
     VERSION,
     as_groups,
-    check_fits,
     check_numbers,
     params_of,
     warn_unused_lr,
@@ -22,6 +21,7 @@ from pyctrlora.param_groups import (
 from pyctrlora.rank_options import make_rank_options
 from pyctrlora.reports import Reports
 from pyctrlora.roster import Roster
+from pyctrlora.saved_state import check_fits
 from pyctrlora.stepping import take_step
 
 if TYPE_CHECKING:
@@ -256,7 +256,9 @@ class CTROptimizer(Reports, torch.optim.Optimizer):
             state_dict: from an optimizer over the same pairs and parameters in the same groups.
 
         Raises:
-            ValueError: it is another optimizer's, another version's, or does not fit.
+            ValueError: it is another optimizer's, another version's, damaged, or does not fit;
+                nothing has changed then.
+            TypeError: one of its numbers is none.
         """
         load = self._load_section
         handle = self.register_load_state_dict_pre_hook(lambda _, state: load(state))
@@ -290,5 +292,5 @@ class CTROptimizer(Reports, torch.optim.Optimizer):
 
     def _load_section(self, state_dict: dict[str, Any]) -> None:
         check_fits(self.param_groups, state_dict)
-        if "ctrlora" in state_dict:
+        if state_dict.get("ctrlora") is not None:
             self._roster.engine.load(state_dict["ctrlora"]["tensors"])

@@ -62,23 +62,58 @@ def check_numbers(group: dict[str, Any]) -> None:
 
     Raises:
         ValueError: naming the setting, its value and the rule.
+        TypeError: no number.
     """
     for name in ("lr", "fallback_lr", "weight_decay", "fallback_weight_decay", "fallback_eps"):
-        value = group.get(name, 0.0)
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(
-                f"{_WHERE} {name} = a tensor {tuple(value.shape)}. Violated constraint: a number, "
-                "or a tensor of one element."
-            )
-        number = float(value)
-        if not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"{_WHERE} {name} = {number}. Violated constraint: {name} >= 0.")
-    for beta in group.get("fallback_betas", ()):
-        if not 0 <= float(beta) < 1:
-            raise ValueError(
-                f"{_WHERE} fallback_betas = {group['fallback_betas']}. Violated constraint: both "
-                "in [0, 1)."
-            )
+        if name in group:
+            check_rate(name, group[name])
+    if "fallback_betas" in group:
+        check_betas("fallback_betas", group["fallback_betas"])
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Checks that a setting is a finite number >= 0.
+
+    Raises:
+        ValueError: naming the setting, its value and the rule.
+        TypeError: no number.
+    """
+    number = _number(name, value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{_WHERE} {name} = {number}. Violated constraint: {name} >= 0.")
+
+
+def check_betas(name: str, value: Any) -> None:
+    """Checks that a setting is two weights in [0, 1).
+
+    Raises:
+        ValueError: naming the setting, its value and the rule.
+        TypeError: no two numbers.
+    """
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise TypeError(f"{_WHERE} expected {name} as two numbers; got {short(value)}.")
+    if not all(0 <= _number(name, beta) < 1 for beta in value):
+        raise ValueError(f"{_WHERE} {name} = {value}. Violated constraint: both in [0, 1).")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(
+            f"{_WHERE} {name} = a tensor {tuple(value.shape)}. Violated constraint: a number, "
+            "or a tensor of one element."
+        )
+    try:
+        if isinstance(value, str | bytes):  # float() would read them
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError, NotImplementedError):
+        raise TypeError(f"{_WHERE} expected {name} as a number; got {short(value)}.") from None
+
+
+def short(value: Any) -> str:
+    """A value and its type for a message, whatever it is."""
+    text = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return f"{text[:80]} of type {type(value).__name__}"
 
 
 def settings_of(group: dict[str, Any]) -> _C.GroupSettings:
@@ -103,38 +138,3 @@ def warn_unused_lr(lr: Any, fallback_lr: Any) -> None:
         UserWarning,
         stacklevel=2,
     )
-
-
-def check_fits(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Checks that a saved state has these groups and, if it has any tensors, that they are ours.
-
-    Raises:
-        ValueError: it is another optimizer's, another version's, or its groups differ.
-    """
-    section = state_dict.get("ctrlora")
-    if section is None and state_dict["state"]:
-        raise ValueError(
-            f"{_WHERE} expected a state dict of CTROptimizer; got one without the key 'ctrlora'. "
-            "Remedy: start without it; another optimizer's state cannot be used."
-        )
-    if section is None:
-        warnings.warn(
-            f"{_WHERE} the state dict has no 'ctrlora' section: momenta, curvature and counters "
-            "stay as they are. Remedy: keep all top-level keys when saving.",
-            UserWarning,
-            stacklevel=2,
-        )
-    elif section["version"] != VERSION:
-        raise ValueError(
-            f"{_WHERE} expected a state dict of version {VERSION}; got {section['version']}. "
-            "Remedy: load it with the pyctrlora that wrote it."
-        )
-    ours, saved = (
-        [(group.get("kind"), len(group["params"])) for group in side]
-        for side in (groups, state_dict["param_groups"])
-    )
-    if ours != saved:
-        raise ValueError(
-            f"{_WHERE} expected saved groups (kind, parameters) {ours}; got {saved}. Remedy: "
-            "attach(model) and build the optimizer as when the state was saved."
-        )

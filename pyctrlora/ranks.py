@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from pyctrlora.optimizer import CTROptimizer
 
 
+_LARGEST_ALPHA = 1e6  # far above any in use; 1e308 would pass as a number and overflow a layer
+
+
 @torch.no_grad()
 def compact(model: nn.Module, opt: CTROptimizer | None = None) -> dict[str, int]:
     """Shrinks every adapter to its active directions, in the middle of training or after it.
@@ -99,7 +102,7 @@ def prepare_for_resume(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: layers or their sizes differ; the message lists the differences.
+        ValueError: layers or their sizes differ, which the message lists; or a file is damaged.
 
     Example:
         >>> from pyctrlora import add_lora
@@ -207,7 +210,7 @@ def _read(
     """Tensors by name, and PEFT's config if there is one beside them."""
     if not isinstance(checkpoint, str | Path):
         return checkpoint, None
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     path = Path(checkpoint)
     file = path / "adapter_model.safetensors" if path.is_dir() else path
@@ -216,10 +219,44 @@ def _read(
             f"[pyctrlora.prepare_for_resume] expected a folder with adapter_model.safetensors or "
             f"such a file; got {str(checkpoint)!r}."
         )
-    with safe_open(file, framework="pt") as reader:
-        tensors = {key: _Shape(reader.get_slice(key).get_shape()) for key in reader.keys()}  # noqa: SIM118
+    try:
+        with safe_open(file, framework="pt") as reader:
+            tensors = {key: _Shape(reader.get_slice(key).get_shape()) for key in reader.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise _damaged(file, "a whole safetensors file", str(error)) from error
     beside = file.parent / "adapter_config.json"
-    return tensors, json.loads(beside.read_text("utf-8")) if beside.is_file() else None
+    return tensors, _read_config(beside) if beside.is_file() else None
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """PEFT's config, as far as scalings need it."""
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON
+        raise _damaged(file, "JSON", str(error)) from error
+    if not isinstance(config, dict):
+        raise _damaged(file, "an object", type(config).__name__)
+    pattern = config.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise _damaged(file, "an object under 'alpha_pattern'", type(pattern).__name__)
+    for alpha in (config.get("lora_alpha"), *pattern.values()):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise _damaged(file, "numbers as lora_alpha", repr(alpha))
+        if not abs(alpha) < _LARGEST_ALPHA:  # NaN, too
+            raise _damaged(file, f"lora_alpha below {_LARGEST_ALPHA:g}", repr(alpha))
+    for text in pattern:
+        try:
+            re.compile(text)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise _damaged(file, "regular expressions in 'alpha_pattern'", str(error)) from error
+    return config
+
+
+def _damaged(file: Path, expected: str, got: str) -> ValueError:
+    return ValueError(
+        f"[pyctrlora.prepare_for_resume] expected {expected} in '{file}'; got {got[:200]}. Remedy: "
+        "save the adapter again; this file is damaged."
+    )
 
 
 class _Shape:

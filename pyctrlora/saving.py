@@ -21,6 +21,7 @@ from pyctrlora.adapters import (
     whole,
     write_patterns,
 )
+from pyctrlora.files import disk_errors
 from pyctrlora.layers import _is_conv1d
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def save_adapter(
         ValueError: no such adapter; an unknown layout; layers that are no plain linear pairs and
             have another rank or scaling than a uniform layout would give them.
         TypeError: PEFT layers outside a `PeftModel`.
+        OSError: the folder cannot be written, or is full; the old files stay.
 
     Example:
         >>> import os, tempfile
@@ -78,7 +80,7 @@ def save_adapter(
     own = [layer for layer in layers if layer.adapter is None]
     target = Path(path)
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as folder:
+    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as folder, disk_errors():
         if len(own) == len(layers):
             _write_own(model, own, Path(folder), ranks, scaling, values)
         else:

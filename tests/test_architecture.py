@@ -52,7 +52,7 @@ MAY_SYNC = {
     "ctrlora::CTROptimizer::check_step": "the same",
     "ctrlora::HutchinsonProbe::HutchinsonProbe": "a probe reads one number; off by default",
     "ctrlora::HutchinsonProbe::traces": "the same",
-    "ctrlora::unusable": "its check of what is restored",
+    "ctrlora::detail::unusable": "checks what is restored",
     "ctrlora::CgInit::load": "restores a calibration",
     "ctrlora::TrustRegionSubproblem::solve": "a value type for use alone; no step calls it",
 }

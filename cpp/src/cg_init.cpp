@@ -4,7 +4,6 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full_like.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -20,6 +19,7 @@
 #include "detail/calibration_group.h"
 #include "detail/check.h"
 #include "detail/philox.h"
+#include "detail/saved_tensor.h"
 #include "detail/tall_skinny.h"
 #include "detail/tensor_math.h"
 
@@ -244,9 +244,9 @@ void CgInit::load(const std::map<std::string, at::Tensor>& tensors) {
     } else if (found->second.sizes() != tensor.sizes()) {
       differ << " " << name << " has shape " << found->second.sizes() << ", not " << tensor.sizes()
              << ";";
-    } else if (found->second.is_floating_point() != tensor.is_floating_point() ||
-               !at::isfinite(found->second).all().item<bool>()) {
-      differ << " " << name << " is damaged (" << found->second.scalar_type() << ");";
+    } else if (const std::string why = detail::unusable(name, tensor, found->second);
+               !why.empty()) {
+      differ << " " << name << ": " << why << ";";
     }
   }
   CTRLORA_CHECK(differ.str().empty() && own.size() == tensors.size(), kWhere,

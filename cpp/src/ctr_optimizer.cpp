@@ -1,20 +1,17 @@
 #include "ctrlora/ctr_optimizer.h"
 
 #include <ATen/core/grad_mode.h>
-#include <fcntl.h>
 #include <torch/serialize/archive.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
-#include <filesystem>
 #include <set>
 #include <tuple>
 #include <utility>
 
 #include "ctrlora/lora_pair.h"
 #include "detail/check.h"
+#include "detail/new_file.h"
 #include "detail/random_state.h"
 
 namespace ctrlora {
@@ -375,24 +372,15 @@ void CTROptimizer::load(torch::serialize::InputArchive& archive) {
 }
 
 void save_atomically(torch::serialize::OutputArchive& archive, const std::string& path) {
-  const std::filesystem::path target(path);
-  const std::filesystem::path folder =
-      target.has_parent_path() ? target.parent_path() : std::filesystem::path(".");
-  const std::string temporary = path + ".tmp" + std::to_string(::getpid());
-  archive.save_to(temporary);
-  const auto sync = [&](const std::string& name) {
-    const int file = ::open(name.c_str(), O_RDONLY | O_CLOEXEC);
-    const bool synced = file >= 0 && ::fsync(file) == 0;
-    const std::string reason = synced ? "" : std::strerror(errno);
-    if (file >= 0) {
-      ::close(file);
-    }
-    TORCH_CHECK(synced, "[ctrlora::save_atomically] expected to sync '", name, "'; got: ", reason,
-                ". Remedy: free space or another folder; '", path, "' is as it was.");
-  };
-  sync(temporary);
-  std::filesystem::rename(temporary, target);
-  sync(folder.string());
+  detail::NewFile file(path + ".tmp" + std::to_string(::getpid()));
+  archive.save_to([&](const void* from, size_t count) {
+    file.write(static_cast<const char*>(from), count);
+    return count;
+  });
+  file.become(path);
+  TORCH_CHECK(file.reason().empty(), "[ctrlora::save_atomically] expected to write '", path,
+              "'; got: ", file.reason(),
+              ". Remedy: free space or another folder; what was there is as it was.");
 }
 
 }  // namespace ctrlora

@@ -1,6 +1,5 @@
 // An engine's state by name: what is saved, and what a saved one must be to be taken.
 #include <ATen/ops/full.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/tensor.h>
 
 #include <set>
@@ -10,6 +9,7 @@
 #include "detail/check.h"
 #include "detail/fallback.h"
 #include "detail/rank_control.h"
+#include "detail/saved_tensor.h"
 #include "detail/tensor_math.h"
 
 namespace ctrlora {
@@ -49,32 +49,6 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
 
 namespace {
 
-bool ends_with(const std::string& name, const std::string& end) {
-  return name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
-}
-
-// What a saved tensor of the right shape must not be: of another kind, not finite, or negative
-// where only counts, squares and traces are held. Empty if it can be loaded.
-std::string unusable(const std::string& name, const at::Tensor& own, const at::Tensor& given) {
-  if (given.layout() != at::kStrided || given.is_meta() || given.is_complex() ||
-      given.is_floating_point() != own.is_floating_point()) {
-    return c10::str("expected ", own.scalar_type(), "; got ", given.scalar_type(), " (",
-                    given.layout(), ")");
-  }
-  const bool probe =
-      ends_with(name, "probe_a") || ends_with(name, "probe_b");  // NaN: not taken yet
-  if (!probe && !at::isfinite(given).all().item<bool>()) {
-    return "expected finite numbers; got others";
-  }
-  for (const char* end :
-       {"eigenvalues", "trace", "rms_square", "_weight", "age", "steps", "seen"}) {
-    if (ends_with(name, end) && given.lt(0).any().item<bool>()) {
-      return "expected no negative numbers; got some";
-    }
-  }
-  return "";
-}
-
 // Names, shapes and values in which a saved state differs from what this engine can take, one a
 // line.
 std::string difference(const std::vector<std::pair<std::string, at::Tensor>>& own,
@@ -89,7 +63,8 @@ std::string difference(const std::vector<std::pair<std::string, at::Tensor>>& ow
       out += "\n  missing " + name;
     } else if (found->second.sizes() != tensor.sizes()) {
       out += c10::str("\n  ", name, ": expected ", tensor.sizes(), "; got ", found->second.sizes());
-    } else if (const std::string why = unusable(name, tensor, found->second); !why.empty()) {
+    } else if (const std::string why = detail::unusable(name, tensor, found->second);
+               !why.empty()) {
       out += c10::str("\n  ", name, ": ", why);
     }
   }
@@ -109,27 +84,39 @@ void Engine::load(const std::map<std::string, at::Tensor>& tensors) {
   constexpr const char* kWhere = "ctrlora::Engine::load";
   const auto version = tensors.find("version");
   const bool one = version != tensors.end() && version->second.numel() == 1 &&
-                   version->second.scalar_type() == at::kLong;
+                   version->second.scalar_type() == at::kLong && !version->second.is_meta() &&
+                   version->second.layout() == at::kStrided;
   const int64_t got = one ? version->second.item<int64_t>() : 0;
   CTRLORA_CHECK(got == kStateVersion, kWhere, "expected state of format version ", kStateVersion,
                 "; got ", one ? std::to_string(got) : std::string("none"),
                 ". Remedy: load it with the release that wrote it.");
+  // All before anything changes: first what is here now, which tells which layers the saved run had
+  // handed to AdamW, then their AdamW's state.
+  auto expected = named_tensors();
   const auto check = [&](bool with_retired) {
-    const std::string found = difference(named_tensors(), tensors, with_retired);
+    const std::string found = difference(expected, tensors, with_retired);
     CTRLORA_CHECK(
         found.empty(), kWhere,
         "the state is damaged, or belongs to another set of layers or other options:", found);
   };
-  check(/*with_retired=*/false);                 // before anything changes
-  for (size_t i = 0; i < groups_.size(); ++i) {  // the saved run may have handed layers to AdamW
-    const auto active = tensors.find("group" + std::to_string(i) + ".active");
-    if (active != tensors.end() && active->second.numel() == groups_[i]->layers()) {
-      for (const LoraPair& pair : groups_[i]->take_out(active->second.logical_not())) {
-        hand_to_adamw(pair, groups_[i]->group());
+  const auto saved_as_retired = [&](size_t i) {
+    return tensors.at("group" + std::to_string(i) + ".active").logical_not();
+  };
+  check(/*with_retired=*/false);
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    for (const LoraPair& pair : groups_[i]->active_pairs(saved_as_retired(i))) {
+      const detail::AdamW blank({pair.a, pair.b}, groups_[i]->group());
+      for (const auto& [name, tensor] : blank.named_tensors()) {
+        expected.emplace_back("retired." + pair.name + "." + name, tensor);
       }
     }
   }
   check(/*with_retired=*/true);
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    for (const LoraPair& pair : groups_[i]->take_out(saved_as_retired(i))) {
+      hand_to_adamw(pair, groups_[i]->group());
+    }
+  }
   for (const auto& [name, tensor] : named_tensors()) {
     tensor.copy_(tensors.at(name));
   }

@@ -248,17 +248,25 @@ std::vector<LoraPair> LayerGroup::take_failed() {
       (misses_ >= options_.max_misses).logical_or(factors_.misses >= options_.max_misses));
 }
 
-std::vector<LoraPair> LayerGroup::take_out(const at::Tensor& layers) {
-  const at::Tensor leaving = layers.to(active_.device()).logical_and(active_);
-  const at::Tensor flags = leaving.to(at::kCPU).contiguous();
+std::vector<LoraPair> LayerGroup::active_pairs(const at::Tensor& layers) const {
+  const at::Tensor flags = layers.to(at::kCPU).logical_and(active_.to(at::kCPU)).contiguous();
   std::vector<LoraPair> pairs;
   for (size_t l = 0; l < pairs_.size(); ++l) {
     if (flags.const_data_ptr<bool>()[l]) {
       pairs.push_back(pairs_[l]);
-      if (slots_[l] != nullptr) {
-        slots_[l]->set_wanted(false);
-        slots_[l] = nullptr;
-      }
+    }
+  }
+  return pairs;
+}
+
+std::vector<LoraPair> LayerGroup::take_out(const at::Tensor& layers) {
+  const at::Tensor leaving = layers.to(active_.device()).logical_and(active_);
+  const at::Tensor flags = leaving.to(at::kCPU).contiguous();
+  std::vector<LoraPair> pairs = active_pairs(layers);
+  for (size_t l = 0; l < pairs_.size(); ++l) {
+    if (flags.const_data_ptr<bool>()[l] && slots_[l] != nullptr) {
+      slots_[l]->set_wanted(false);
+      slots_[l] = nullptr;
     }
   }
   active_ = active_.logical_and(leaving.logical_not());

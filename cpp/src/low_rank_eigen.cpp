@@ -155,7 +155,8 @@ Nystrom nystrom(const at::Tensor& basis, const at::Tensor& fresh, const at::Tens
   return {small_bmm(second.map, eigh.vectors), eigh.values,
           first.ok.logical_and(second.ok)
               .logical_and(cholesky.ok)
-              .logical_and(detail::finite_layers(inside))};
+              .logical_and(detail::finite_layers(inside))
+              .logical_and(detail::finite_layers(eigh.values))};
 }
 
 }  // namespace
@@ -185,30 +186,37 @@ at::Tensor LowRankEigen::update(const FactorSketch& sketch,
                   ? sketch.product
                   : select_layers(live, sketch.product, at::zeros({}, sketch.product.options())),
               as_column(fresh / mean).to(rows.scalar_type()));
+  // All that may throw (no memory) comes before the first write, so that a factor is as it was or
+  // whole: tall_combine allocates, then writes.
   at::Tensor values;
+  std::vector<detail::Term> terms;
   const at::Tensor identity = at::eye(sketch_rank(), kept.options()).expand({layers(), -1, -1});
   if (sketch_rank() == size()) {  // complete basis: K is the factor itself
     const JointGram gram(basis, rows);
     const at::Tensor core = symmetric(gram.uu * kept.unsqueeze(1) + gram.uy);
-    live = live.logical_and(detail::finite_layers(core));
     const detail::Eigh eigh = detail::symmetric_eigh(core);
-    detail::tall_combine({{basis, select_layers(live, eigh.vectors, identity)}});
+    live = live.logical_and(detail::finite_layers(core))
+               .logical_and(detail::finite_layers(eigh.values));
+    terms = {{basis, select_layers(live, eigh.vectors, identity)}};
     values = eigh.values;
   } else {
     const Nystrom next = nystrom(basis, rows, kept);
     live = live.logical_and(next.ok);
     const at::Tensor zero = at::zeros({}, kept.options());
-    detail::tall_combine({{basis, select_layers(live, zero, identity)},
-                          {rows, select_layers(live, next.map, zero)}});
+    terms = {{basis, select_layers(live, zero, identity)},
+             {rows, select_layers(live, next.map, zero)}};
     values = next.values;
   }
+  values = select_layers(live, values.clamp_min(0) * mean.unsqueeze(-1), eigenvalues_);
+  const at::Tensor whole = at::where(live, trace, trace_);
+  const at::Tensor failed = (fresh > 0).logical_and(live.logical_not());
+  detail::tall_combine(terms);
   if (narrow_) {
     basis_.copy_(basis);
   }
-  values = values.clamp_min(0) * mean.unsqueeze(-1);
-  eigenvalues_.copy_(select_layers(live, values, eigenvalues_));
-  trace_.copy_(at::where(live, trace, trace_));
-  return (fresh > 0).logical_and(live.logical_not());
+  eigenvalues_.copy_(values);
+  trace_.copy_(whole);
+  return failed;
 }
 
 at::Tensor LowRankEigen::tail() const {

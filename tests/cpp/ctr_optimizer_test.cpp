@@ -4,6 +4,9 @@
 #include <torch/optim/schedulers/step_lr.h>
 #include <torch/serialize.h>
 
+#include <sys/resource.h>
+
+#include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
@@ -384,6 +387,21 @@ TEST_CASE("save_atomically leaves the old file or the new one") {
   archive.read("value", value, /*is_buffer=*/true);
   CHECK(value[0].item<double>() == 2.0);
   CHECK(std::distance(std::filesystem::directory_iterator(folder), {}) == 1);  // nothing left over
+  std::signal(SIGXFSZ, SIG_IGN);  // a full disk: write() fails instead
+  for (const rlim_t room : {0, 100, 700}) {
+    rlimit limit{};
+    ::getrlimit(RLIMIT_FSIZE, &limit);
+    const rlimit small{room, limit.rlim_max};
+    ::setrlimit(RLIMIT_FSIZE, &small);
+    CHECK_THROWS_WITH_AS(write(3.0), doctest::Contains("File too large. Remedy: free space"),
+                         c10::Error);
+    ::setrlimit(RLIMIT_FSIZE, &limit);
+    torch::serialize::InputArchive old;
+    old.load_from(path);
+    old.read("value", value, /*is_buffer=*/true);
+    CHECK(value[0].item<double>() == 2.0);
+    CHECK(std::distance(std::filesystem::directory_iterator(folder), {}) == 1);
+  }
   torch::serialize::OutputArchive lost;
   CHECK_THROWS(ctrlora::save_atomically(lost, (folder / "none" / "run.pt").string()));
   std::filesystem::remove_all(folder);

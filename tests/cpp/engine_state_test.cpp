@@ -1,5 +1,6 @@
 // Engine: failures of layers, saving and loading.
 #include <cmath>
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -174,6 +175,22 @@ TEST_CASE("a state of other layers is refused with every difference, before any 
       contains(message(bad), c10::str("expected state of format version ", ctrlora::kStateVersion,
                                       "; got ", ctrlora::kStateVersion + 1, ". Remedy: load it")));
   CHECK(contains(message({}), "; got none."));
+  bad = good;
+  bad["version"] = at::empty({1}, at::TensorOptions(at::kLong).device(at::kMeta));
+  CHECK(contains(message(bad), "; got none."));
+  bad = good;
+  bad["group0.active"] = at::zeros({2}, at::kBool);  // their AdamW's state is not there
+  CHECK(contains(message(bad), "\n  missing retired.layer 0.0.exp_avg"));
+  bad = good;
+  bad["group0.share_set"] = at::full({2}, 2, at::kLong);
+  bad["group0.age"] = at::full({1}, std::numeric_limits<int64_t>::max(), at::kLong);
+  bad["group0.seen"] = at::full({2}, -1.0, at::kDouble);
+  bad["group0.input.trace"] = at::full({2}, 1, at::kLong);
+  const std::string values = message(bad);
+  CHECK(contains(values, "\n  group0.share_set: expected whole numbers from -1 to 1; got others"));
+  CHECK(contains(values, "\n  group0.age: expected whole numbers from -1 to 9007199254740992"));
+  CHECK(contains(values, "\n  group0.seen: expected no negative numbers; got some"));
+  CHECK(contains(values, "\n  group0.input.trace: expected Double; got Long (Strided)"));
 }
 
 TEST_CASE("a state saved before a layer was ever observed resumes with a fresh basis") {

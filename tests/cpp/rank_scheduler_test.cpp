@@ -58,6 +58,8 @@ TEST_CASE("rank schedule: events at 5 %, then every max(50 steps, 2 %), until 70
   CHECK(many.size() == 33);
   CHECK(events({.total_steps = 100}) == Ranks{5, 55});
   CHECK(events({.total_steps = 1}).empty());
+  CHECK(events({.total_steps = 10}) == Ranks{1});  // never before the first step has been taken
+  CHECK(events({.total_steps = 100, .last = 0.05}) == Ranks{5});  // first and last in one
   CHECK(events({.total_steps = 30, .min_steps = 3}) == Ranks{2, 5, 8, 11, 14, 17, 20});
 }
 

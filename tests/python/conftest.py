@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +16,10 @@ from pyctrlora.adapters import adapter_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+
+# `--hypothesis-profile=long`: a thousand examples where the ordinary tests take a hundred.
+settings.register_profile("long", max_examples=1000)
 
 
 class Net(nn.Module):

@@ -1,7 +1,8 @@
 """Schedules of faults drawn by hypothesis: what a step may meet, in any order, then clean batches.
 
 Each fault is one step of a loop over a tiny model. Whatever the order, numbers stay finite, the
-counters tell what happened, and training goes on as soon as the batches are clean.
+counters tell what happened, and training goes on as soon as the batches are clean. With
+`--hypothesis-profile=long` ten times as many schedules.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pyctrlora import CTROptimizer, LoRALinear
 LR = 0.1
 RATES = {"pairs": LR, "fallback": 1e-3}
 LEARNT = 2.5  # from 7.2; clean training reaches 1.75 and overshoots on the way
+EXAMPLES = settings.default.max_examples  # 100; 1000 in the profile "long" (conftest.py)
 PHASES = [Phase.explicit, Phase.generate]  # a schedule that fails is short enough as it is
 # The largest squared norm of a gradient that takes part (cpp/README.md, section 6).
 LARGEST = {torch.float64: 1e290, torch.float32: 1e30}
@@ -53,6 +55,13 @@ FAULTS = [
     "save and load",
     "clean",
 ]
+# What the optimizer does beside: nothing; refreshes on a worker thread; rank events.
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "thread": {"overlap": "thread", "factor_warmup_steps": 2},
+    "ranks": {"rank_budget": 0.5, "total_steps": 60},
+}
+kinds = st.sampled_from(list(KINDS))
 Schedule = list[tuple[str, int]]
 schedules = st.lists(
     st.tuples(st.sampled_from(FAULTS), st.integers(0, 2)), min_size=10, max_size=20
@@ -90,6 +99,7 @@ class Run:
     """A loop that counts what the optimizer should have counted."""
 
     dtype: torch.dtype
+    kind: str = "plain"
     steps: int = 0
     skipped: int = 0
 
@@ -101,9 +111,8 @@ class Run:
         self.y = torch.randn(16, 3, generator=generator, dtype=torch.float64).to(self.dtype)
 
     def build(self) -> Any:
-        return CTROptimizer(
-            self.model.parameters(), lr=LR, sketch_rank=4, balance_every=5, max_misses=2
-        )
+        settings = {"sketch_rank": 4, "balance_every": 5, "max_misses": 2, **KINDS[self.kind]}
+        return CTROptimizer(self.model.parameters(), lr=LR, **settings)
 
     def inputs(self, fault: str) -> tuple[Tensor, Tensor]:
         x, y = self.x, self.y
@@ -207,10 +216,12 @@ def recovers(run: Run) -> bool:
 
 
 @pytest.mark.filterwarnings(RETIRED)
-@settings(max_examples=1000, deadline=None, derandomize=True, phases=PHASES)
-@given(schedule=schedules, dtype=st.sampled_from([torch.float32, torch.float64]))
-def test_any_schedule_of_faults_is_survived(schedule: Schedule, dtype: torch.dtype) -> None:
-    run = Run(dtype)
+@settings(max_examples=2 * EXAMPLES, deadline=None, derandomize=True, phases=PHASES)
+@given(schedule=schedules, dtype=st.sampled_from([torch.float32, torch.float64]), kind=kinds)
+def test_any_schedule_of_faults_is_survived(
+    schedule: Schedule, dtype: torch.dtype, kind: str
+) -> None:
+    run = Run(dtype, kind)
     run.play(schedule)
     metrics = run.opt.metrics()
     assert metrics["steps"] == run.steps
@@ -218,7 +229,7 @@ def test_any_schedule_of_faults_is_survived(schedule: Schedule, dtype: torch.dty
 
 
 @pytest.mark.filterwarnings(RETIRED)
-@settings(max_examples=100, deadline=None, derandomize=True, phases=PHASES)
+@settings(max_examples=EXAMPLES // 2, deadline=None, derandomize=True, phases=PHASES)
 @given(schedule=schedules, dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_training_recovers_from_faults_after_warm_up(
     schedule: Schedule, dtype: torch.dtype
@@ -234,10 +245,10 @@ def test_training_recovers_from_faults_after_warm_up(
 
 
 @pytest.mark.filterwarnings(RETIRED)
-@settings(max_examples=60, deadline=None, derandomize=True, phases=PHASES)
-@given(schedule=schedules)
-def test_a_replay_gives_the_same_bits(schedule: Schedule) -> None:
-    first, second = Run(torch.float32), Run(torch.float32)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, phases=PHASES)
+@given(schedule=schedules, kind=kinds)
+def test_a_replay_gives_the_same_bits(schedule: Schedule, kind: str) -> None:
+    first, second = Run(torch.float32, kind), Run(torch.float32, kind)
     for run in (first, second):
         run.play(schedule)
     for (name, x), y in zip(first.tensors().items(), second.tensors().values(), strict=True):
@@ -245,17 +256,20 @@ def test_a_replay_gives_the_same_bits(schedule: Schedule) -> None:
 
 
 @pytest.mark.filterwarnings(RETIRED)
-@settings(max_examples=200, deadline=None, derandomize=True, phases=PHASES)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, phases=PHASES)
 @given(
-    schedule=schedules, share=st.floats(0, 1), dtype=st.sampled_from([torch.float32, torch.float64])
+    schedule=schedules,
+    share=st.floats(0, 1),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    kind=kinds,
 )
 def test_a_run_resumes_bit_for_bit_amid_faults(
-    schedule: Schedule, share: float, dtype: torch.dtype
+    schedule: Schedule, share: float, dtype: torch.dtype, kind: str
 ) -> None:
     """Factors falsified by hand are left out: a state that holds them is refused."""
     schedule = [fault for fault in schedule if fault[0] != "indefinite factors"]
     cut = round(share * len(schedule))
-    whole, resumed = Run(dtype), Run(dtype)
+    whole, resumed = Run(dtype, kind), Run(dtype, kind)
     whole.play(schedule)
     resumed.play(schedule[:cut])
     resumed.reload()

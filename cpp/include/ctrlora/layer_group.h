@@ -95,6 +95,8 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   /// Takes out the layers that failed `max_misses` times in a row. Synchronises: not for every
   /// step.
   std::vector<LoraPair> take_failed();
+  /// The pairs marked in `layers` (L) bool that are still active. Synchronises.
+  [[nodiscard]] std::vector<LoraPair> active_pairs(const at::Tensor& layers) const;
   /// Takes out the layers marked in `layers` (L) bool that are still active; they stay in the
   /// slabs.
   std::vector<LoraPair> take_out(const at::Tensor& layers);

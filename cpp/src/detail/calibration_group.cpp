@@ -235,14 +235,20 @@ void CalibrationGroup::finish_slice(int64_t begin, int64_t end, std::vector<Laye
   const at::Tensor energy =
       at::where(kept, directions.values.square(), at::zeros_like(directions.values)).sum(-1) /
       gradient.energy(all);
-  const at::Tensor numbers = at::stack({kept.sum(-1).to(at::kDouble), rows_.slice(0, begin, end),
-                                        energy.clamp_max(1), noise.floor(), samples, start.radius},
-                                       1)
-                                 .to(at::kCPU);
+  const at::Tensor finite = finite_layers(start.a).logical_and(finite_layers(start.b));
+  const at::Tensor numbers =
+      at::stack({kept.sum(-1).to(at::kDouble), rows_.slice(0, begin, end), energy.clamp_max(1),
+                 noise.floor(), samples, start.radius, finite.to(at::kDouble)},
+                1)
+          .to(at::kCPU);
   const at::Tensor spectra = at::stack({directions.values, split}, 1).to(at::kCPU);
   for (int64_t layer = begin; layer < end; ++layer) {
     const int64_t at = layer - begin;
     const double* number = numbers[at].const_data_ptr<double>();
+    CTRLORA_CHECK(number[1] == 0.0 || number[6] == 1.0, kWhere,
+                  "expected statistics that give finite start values; got others for layer '",
+                  pairs_[static_cast<size_t>(layer)].name,
+                  "'. Remedy: calibrate anew; a cache of them was changed after it was written.");
     out.push_back({pairs_[static_cast<size_t>(layer)].name, start.a[at], start.b[at],
                    spectra[at][0], spectra[at][1], static_cast<int64_t>(number[0]),
                    static_cast<int64_t>(number[1]), number[2], number[3], number[4], number[5]});

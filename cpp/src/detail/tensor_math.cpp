@@ -6,6 +6,7 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cholesky_inverse.h>
 #include <ATen/ops/eye.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_eigh.h>
@@ -14,6 +15,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "detail/small_matrix.h"
 #include "detail/tall_skinny.h"
@@ -109,10 +111,36 @@ at::Tensor cholesky_inverse(const at::Tensor& factor) {
   return at::cholesky_inverse(factor);
 }
 
+namespace {
+
+// LAPACK's iteration did not converge for some layer, which torch tells by an exception alone.
+Eigh eigh_one_by_one(const at::Tensor& matrix) {
+  Eigh out{at::full_like(matrix.select(-1, 0), std::numeric_limits<double>::quiet_NaN()),
+           identity_like(matrix).contiguous()};
+  for (int64_t layer = 0; layer < matrix.size(0); ++layer) {
+    try {
+      auto [values, vectors] = at::linalg_eigh(matrix[layer]);
+      out.values[layer].copy_(values);
+      out.vectors[layer].copy_(vectors);
+    } catch (const c10::LinAlgError&) {
+      continue;  // NaN tells
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
 Eigh symmetric_eigh(const at::Tensor& matrix) {
   const at::Tensor safe = select_layers(finite_layers(matrix), matrix, identity_like(matrix));
-  auto [values, vectors] = at::linalg_eigh((safe + safe.mT()) * 0.5);
-  return {values, vectors};
+  const at::Tensor half = safe * 0.5;  // halved first: a sum of large numbers may overflow
+  const at::Tensor symmetric = half + half.mT();
+  try {
+    auto [values, vectors] = at::linalg_eigh(symmetric);
+    return {values, vectors};
+  } catch (const c10::LinAlgError&) {
+    return eigh_one_by_one(symmetric);
+  }
 }
 
 GramRoot gram_root(const at::Tensor& gram, double rounding) {

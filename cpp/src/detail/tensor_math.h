@@ -92,7 +92,7 @@ struct Eigh {
 };
 
 /// Symmetric eigendecomposition; layers with non-finite input are decomposed as I (mask
-/// beforehand).
+/// beforehand); where LAPACK does not converge the values are NaN and the vectors I.
 Eigh symmetric_eigh(const at::Tensor& matrix);
 
 /// Square root of a Gram V diag(e) V^T, largest first; directions that are but rounding are zero.

@@ -1,0 +1,16 @@
+// What comes back from a file is checked before anything takes it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+
+namespace ctrlora::detail {
+
+/// Why a saved tensor of the right shape cannot take the place of `own`: it is of another kind, not
+/// finite, negative where only counts, squares and traces are held, or a number of a layer or step
+/// that cannot be. The end of its name tells what it holds. Empty if it can be loaded.
+/// Synchronises.
+std::string unusable(const std::string& name, const at::Tensor& own, const at::Tensor& given);
+
+}  // namespace ctrlora::detail
