@@ -368,7 +368,7 @@ class RankRules:
         self,
         min_rank: typing.SupportsInt | typing.SupportsIndex = 1,
         hysteresis: typing.SupportsFloat | typing.SupportsIndex = 1.25,
-        max_move: typing.SupportsFloat | typing.SupportsIndex = 0.1,
+        max_move: typing.SupportsFloat | typing.SupportsIndex = 0.3,
     ) -> None: ...
     def validate(self) -> None: ...
     @property
@@ -387,8 +387,8 @@ class RankSchedule:
         total_steps: typing.SupportsInt | typing.SupportsIndex,
         first: typing.SupportsFloat | typing.SupportsIndex = 0.05,
         every: typing.SupportsFloat | typing.SupportsIndex = 0.02,
-        last: typing.SupportsFloat | typing.SupportsIndex = 0.7,
-        min_steps: typing.SupportsInt | typing.SupportsIndex = 50,
+        last: typing.SupportsFloat | typing.SupportsIndex = 0.9,
+        min_steps: typing.SupportsInt | typing.SupportsIndex = 8,
         descend: bool = False,
     ) -> None: ...
     def budget_at(
@@ -438,7 +438,7 @@ class RankOptions:
         schedule: RankSchedule,
         rules: RankRules,
         window: typing.SupportsInt | typing.SupportsIndex = 40,
-        candidates: typing.SupportsInt | typing.SupportsIndex = 6,
+        candidates: typing.SupportsInt | typing.SupportsIndex = 8,
     ) -> None: ...
     def validate(self) -> None: ...
     @property

@@ -3,17 +3,19 @@
     python bench/python/bench_quality.py [--tasks gsm8k sst2 cola] [--methods lora ctr ...]
         [--data DIR] [--steps 150] [--workers 2] [--out FILE] [--table]
 
-For each task and method: a sweep of at least four learning rates by factors of two on seed 0, judged
-by the loss of a validation split and extended until the best lies inside; the winner on two more
-seeds; then 3 and 10 times the winner on seed 0 ("diverged": ends above the loss it began with).
-Every run has the same steps, batches and layers and one thread. Runs are kept in FILE as they end,
-and a run that is there is not repeated: the bench can be stopped and goes on. --table only prints.
+For each task and method: a sweep of at least four learning rates by factors of two on seed 0,
+judged by the loss of a validation split and extended until the best lies inside; the winner on two
+more seeds; then 3 and 10 times the winner on seed 0 ("diverged": ends above the loss it began
+with). Every run has the same steps, batches and layers and one thread. Runs are kept in FILE as
+they end, and a run that is there is not repeated: the bench can be stopped and goes on. --table
+only prints.
 
-Columns: score and validation loss, mean and standard deviation over the seeds; loss after a quarter,
-half and all of the steps; steps and seconds (CPU time of one thread) to the final loss of LoRA with
-AdamW on the same seed, as shares of its own; most memory of the process above what it held before
-the model was made; decades of learning rates whose loss is within 2 % of the best (only tried ones
-count, so it is a lower bound); how many of the two runs above the best learning rate diverged.
+Columns: score and validation loss, mean and standard deviation over the seeds; loss after a
+quarter, half and all of the steps; steps and seconds (CPU time of one thread) to the final loss of
+LoRA with AdamW on the same seed, as shares of its own; most memory of the process above what it
+held before the model was made; decades of learning rates whose loss is within 2 % of the best (only
+tried ones count, so it is a lower bound); how many of the two runs above the best learning rate
+diverged.
 """
 
 from __future__ import annotations

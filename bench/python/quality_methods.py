@@ -6,7 +6,7 @@ All adapt the same layers at rank r with alpha = 2 r, so that a learning rate me
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import peft

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ HEAD = (
 
 def reaches(curve: Sequence[Point], loss: float, axis: int) -> float | None:
     """Where the curve first falls to `loss`, straight between two evaluations."""
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in itertools.pairwise(curve):
         if after[2] is not None and after[2] <= loss:
             if before[2] is None or before[2] <= loss:
                 return before[axis] if before[2] is not None else after[axis]

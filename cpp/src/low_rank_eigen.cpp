@@ -164,12 +164,11 @@ Nystrom nystrom(const at::Tensor& basis, const at::Tensor& fresh, const at::Tens
 at::Tensor LowRankEigen::update(const FactorSketch& sketch,
                                 const at::Tensor& keep,
                                 const at::Tensor& scale) {
-  at::Tensor live =
-      (sketch.weight > 0)
-          .logical_and(sketch.trace > detail::smallest_trace(size(), dtype()))
-          .logical_and(keep < 1)
-          .logical_and(detail::finite_layers(sketch.product))
-          .logical_and((sketch.trace * scale / sketch.weight).isfinite());
+  at::Tensor live = (sketch.weight > 0)
+                        .logical_and(sketch.trace > detail::smallest_trace(size(), dtype()))
+                        .logical_and(keep < 1)
+                        .logical_and(detail::finite_layers(sketch.product))
+                        .logical_and((sketch.trace * scale / sketch.weight).isfinite());
   const at::Tensor fresh =
       at::where(live, (1 - keep) * scale / sketch.weight, at::zeros_like(keep));
   const at::Tensor old = at::where(live, keep, at::ones_like(keep));
@@ -232,11 +231,13 @@ PowerCoefficients LowRankEigen::power(double exponent, double damping) const {
   const at::Tensor lambda = damping == 0.0
                                 ? at::zeros_like(trace_)
                                 : trace_ * (damping / static_cast<double>(size())) + 1e-60;
+  // A damaged factor with a negative eigenvalue has no such power: it counts as zero.
+  const at::Tensor damped = eigenvalues_.clamp_min(0) + lambda.unsqueeze(-1);
   if (sketch_rank() == size()) {  // no tail: tau M + U (...) U^T M would only cancel
-    return {at::zeros_like(trace_), (eigenvalues_ + lambda.unsqueeze(-1)).pow(exponent)};
+    return {at::zeros_like(trace_), damped.pow(exponent)};
   }
   const at::Tensor rest = (tail() + lambda).pow(exponent);
-  return {rest, (eigenvalues_ + lambda.unsqueeze(-1)).pow(exponent) - rest.unsqueeze(-1)};
+  return {rest, damped.pow(exponent) - rest.unsqueeze(-1)};
 }
 
 at::Tensor LowRankEigen::apply_power(const at::Tensor& v, double exponent, double damping) const {

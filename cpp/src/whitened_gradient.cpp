@@ -219,8 +219,8 @@ at::Tensor whitened_coordinates(const at::Tensor& rows,
 
 at::Tensor WhitenedGradient::input_coordinates(int64_t layer, const at::Tensor& inputs) const {
   const detail::NumericsGuard guard;
-  return whitened_coordinates(inputs, theta_[0], input_.factor.computed_basis()[layer], input_mix_[layer],
-                              input_tail_[layer]);
+  return whitened_coordinates(inputs, theta_[0], input_.factor.computed_basis()[layer],
+                              input_mix_[layer], input_tail_[layer]);
 }
 
 void WhitenedGradient::add(GradientSketch& sums,
@@ -231,8 +231,9 @@ void WhitenedGradient::add(GradientSketch& sums,
   const detail::NumericsGuard guard;
   sums.range[layer].addmm_(output_grads.t(), coordinates);
   sums.corange[layer].addmm_(
-      inputs.t(), whitened_coordinates(output_grads, psi_[0], output_.factor.computed_basis()[layer],
-                                       output_mix_[layer], output_tail_[layer]));
+      inputs.t(),
+      whitened_coordinates(output_grads, psi_[0], output_.factor.computed_basis()[layer],
+                           output_mix_[layer], output_tail_[layer]));
 }
 
 namespace {

@@ -39,7 +39,7 @@ bool still(const LayerPlan& layer) {
 
 }  // namespace
 
-TEST_CASE("rank schedule: events at 5 %, then every max(50 steps, 2 %), until 70 %") {
+TEST_CASE("rank schedule: events at 5 %, then every max(8 steps, 2 %), until 90 %") {
   const auto events = [](const RankSchedule& schedule) {
     Ranks steps;
     for (int64_t t = 0; t <= schedule.total_steps; ++t) {
@@ -49,22 +49,23 @@ TEST_CASE("rank schedule: events at 5 %, then every max(50 steps, 2 %), until 70
     }
     return steps;
   };
-  CHECK(events({.total_steps = 400}) == Ranks{20, 70, 120, 170, 220, 270});
-  CHECK(RankSchedule{.total_steps = 400}.last_event() == 270);
+  const RankSchedule sparse{.total_steps = 400, .last = 0.7, .min_steps = 50};
+  CHECK(events(sparse) == Ranks{20, 70, 120, 170, 220, 270});
+  CHECK(sparse.last_event() == 270);
   const Ranks many = events({.total_steps = 10000});
   CHECK(many.front() == 500);
   CHECK(many[1] == 700);
-  CHECK(many.back() == 6900);
-  CHECK(many.size() == 33);
-  CHECK(events({.total_steps = 100}) == Ranks{5, 55});
+  CHECK(many.back() == 8900);
+  CHECK(many.size() == 43);
+  CHECK(events({.total_steps = 50}) == Ranks{3, 11, 19, 27, 35, 43});
   CHECK(events({.total_steps = 1}).empty());
-  CHECK(events({.total_steps = 10}) == Ranks{1});  // never before the first step has been taken
+  CHECK(events({.total_steps = 10}) == Ranks{1, 9});  // never before the first step has been taken
   CHECK(events({.total_steps = 100, .last = 0.05}) == Ranks{5});  // first and last in one
-  CHECK(events({.total_steps = 30, .min_steps = 3}) == Ranks{2, 5, 8, 11, 14, 17, 20});
+  CHECK(events({.total_steps = 30, .min_steps = 3}) == Ranks{2, 5, 8, 11, 14, 17, 20, 23, 26});
 }
 
 TEST_CASE("rank schedule: cubic descent from all that is allocated to the budget") {
-  const RankSchedule schedule{.total_steps = 400, .descend = true};
+  const RankSchedule schedule{.total_steps = 400, .last = 0.7, .min_steps = 50, .descend = true};
   CHECK(schedule.budget_at(0, 1000, 9000) == 9000);
   CHECK(schedule.budget_at(120, 1000, 9000) == 1000 + 1000);  // half of six events: (1/2)^3
   CHECK(schedule.budget_at(270, 1000, 9000) == 1000);
@@ -75,7 +76,8 @@ TEST_CASE("rank schedule: cubic descent from all that is allocated to the budget
 TEST_CASE("rank schedule: what is out of range is named") {
   const auto message = [](const RankSchedule& s) { return error_of([&] { s.validate(); }); };
   CHECK(contains(message({}), "total_steps = 0. Violated constraint: total_steps >= 1"));
-  CHECK(contains(message({.total_steps = 9, .first = 0.8}), "first = 0.8, last = 0.7"));
+  CHECK(
+      contains(message({.total_steps = 9, .first = 0.8, .last = 0.7}), "first = 0.8, last = 0.7"));
   CHECK(contains(message({.total_steps = 9, .last = 1.1}), "last = 1.1"));
   CHECK(contains(message({.total_steps = 9, .every = -1}), "every = -1"));
   CHECK(contains(message({.total_steps = 9, .min_steps = 0}), "min_steps = 0"));
@@ -192,12 +194,13 @@ TEST_CASE("plan: a full layer replaces its own; min_rank holds") {
   CHECK(ranks_of(plan) == Ranks{4, 1, 0});
 }
 
-TEST_CASE("plan: at most 10 % move, one always may") {
+TEST_CASE("plan: at most max_move moves, one always may") {
   const std::vector<RankLayer> wide = {{"x", 5, 5, 40}, {"y", 5, 5, 40}};
   const std::vector<double> low(30, 1.0), high(10, 9.0);
-  CHECK(ranks_of(plan_ranks(wide, {{low, {}}, {{}, high}}, 300, {.min_rank = 0})) == Ranks{27, 3});
-  CHECK(ranks_of(plan_ranks(wide, {{{1, 1}, {}}, {{}, high}}, 20, {.min_rank = 0})) == Ranks{1, 1});
-  CHECK(ranks_of(plan_ranks(wide, {{low, {}}, {{}, high}}, 400, {.min_rank = 0})) == Ranks{30, 3});
+  const RankRules tenth{.min_rank = 0, .max_move = 0.1};
+  CHECK(ranks_of(plan_ranks(wide, {{low, {}}, {{}, high}}, 300, tenth)) == Ranks{27, 3});
+  CHECK(ranks_of(plan_ranks(wide, {{{1, 1}, {}}, {{}, high}}, 20, tenth)) == Ranks{1, 1});
+  CHECK(ranks_of(plan_ranks(wide, {{low, {}}, {{}, high}}, 400, tenth)) == Ranks{30, 3});
 }
 
 TEST_CASE("plan: wrong sizes are named") {

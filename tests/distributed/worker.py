@@ -79,7 +79,7 @@ def options_of(scenario: str) -> dict[str, Any]:
         options |= {"sketch_rank": 3, "sample_rows": 5}
     if scenario == "sketch, seldom":  # the default
         options |= {"exchange_every": 12}
-    if scenario.startswith("ranks"):  # events after steps 10, 60 and 110
+    if scenario.startswith("ranks"):  # events after steps 10, 18, ..., 178
         options |= {"rank_budget": 0.7, "total_steps": 200}
     return options
 

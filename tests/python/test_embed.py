@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PROJECT = Path(__file__).resolve().parent.parent / "embed"
-STEPS = 30
+STEPS = 40
 CONTEXT = 8
 
 pytestmark = pytest.mark.timeout(600)

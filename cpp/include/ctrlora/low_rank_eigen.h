@@ -55,9 +55,7 @@ class CTRLORA_API LowRankEigen {
   [[nodiscard]] int64_t sketch_rank() const { return basis_.size(2); }
   [[nodiscard]] const at::Tensor& basis() const { return basis_; }  // (L, d, k) as it is kept
   /// What is computed in: float32 or float64.
-  [[nodiscard]] at::ScalarType dtype() const {
-    return narrow_ ? at::kFloat : basis_.scalar_type();
-  }
+  [[nodiscard]] at::ScalarType dtype() const { return narrow_ ? at::kFloat : basis_.scalar_type(); }
   [[nodiscard]] at::TensorOptions options() const { return basis_.options().dtype(dtype()); }
   /// The basis in that type: a copy where it is kept narrow.
   [[nodiscard]] at::Tensor computed_basis() const { return basis_.to(dtype()); }
@@ -104,7 +102,7 @@ class CTRLORA_API LowRankEigen {
   void to(const at::TensorOptions& options);
 
  private:
-  at::Tensor basis_;        // (L, d, k)
+  at::Tensor basis_;  // (L, d, k)
   bool narrow_ = false;
   at::Tensor eigenvalues_;  // (L, k) float64
   at::Tensor trace_;        // (L) float64

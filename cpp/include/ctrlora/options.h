@@ -59,8 +59,8 @@ struct CTRLORA_API Options {
   /// lambda as a share of the factor's mean eigenvalue tr F / d, > 0 [M].
   double damping = 0.01;
 
-  /// Exponent gamma of the metric, in [0, 1]. 1: natural gradient; 0: no curvature. About one half beats
-  /// both by 0.1 and 0.2 nats; with young factors the best lies a little above it [M].
+  /// Exponent gamma of the metric, in [0, 1]. 1: natural gradient; 0: no curvature. About one half
+  /// beats both by 0.1 and 0.2 nats; with young factors the best lies a little above it [M].
   double whitening = 0.55;
 
   /// Largest dimension for which a complete basis (k = d, a d x d object) is allowed, >= 1.

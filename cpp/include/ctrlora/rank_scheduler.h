@@ -29,9 +29,9 @@ struct CTRLORA_API RankRules {
   /// 1.25: utilities are noisy, and a replaced direction loses what it has learnt.
   double hysteresis = 1.25;
 
-  /// Share of the active directions that one event may add, in (0, 1]; one is always allowed. 0.1:
-  /// the momenta of a new direction start at zero.
-  double max_move = 0.1;
+  /// Share of the active directions that one event may add, in (0, 1]; one is always allowed. 0.3
+  /// leaves most of a layer as it was: the momenta of a new direction start at zero.
+  double max_move = 0.3;
 
   /// @throws c10::ValueError naming the rule that is violated.
   void validate() const;
@@ -43,8 +43,8 @@ struct CTRLORA_API RankSchedule {
   int64_t total_steps = 0;  ///< length of the training, >= 1
   double first = 0.05;      ///< first event: right after the usual warm-up, in [0, 1]
   double every = 0.02;      ///< between events, but at least `min_steps`
-  double last = 0.7;        ///< no event after this share, in [first, 1]
-  int64_t min_steps = 50;   ///< >= 1: fewer steps do not average the noise out
+  double last = 0.9;        ///< no event after this share, in [first, 1]
+  int64_t min_steps = 8;    ///< >= 1: every layer is seen in each half of a window
   bool descend = false;     ///< start with every allocated direction, come down cubically (AdaLoRA)
 
   /// @throws c10::ValueError if a number is out of range, or a descent has no event.
@@ -68,7 +68,7 @@ struct CTRLORA_API RankOptions {
   /// third of them.
   int64_t window = 40;
   /// New directions that an event can choose from in each layer, >= 1: columns of the sketch.
-  int64_t candidates = 6;
+  int64_t candidates = 8;
 
   /// @throws c10::ValueError naming what is out of range.
   void validate() const;

@@ -33,8 +33,7 @@ void add_sketch(FactorSketch& sums, const FactorSketch& sketch) {
 
 FactorSketch empty_sketch(const LowRankEigen& factor) {
   const at::Tensor none = at::zeros({1}, factor.trace().options());
-  return {at::zeros({1, factor.size(), factor.sketch_rank()}, factor.options()), none,
-          none};
+  return {at::zeros({1, factor.size(), factor.sketch_rank()}, factor.options()), none, none};
 }
 
 FactorSketch concatenate(const std::vector<const FactorSketch*>& parts) {

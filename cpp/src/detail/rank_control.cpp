@@ -210,7 +210,9 @@ void RankControl::note(int64_t row, const std::vector<LayerPlan>& plans) {
     ranks_[row][at].fill_(plans[i].to);
     before_[row][at].fill_(plans[i].from);
     moved_[row][at].fill_(static_cast<int64_t>(plans[i].dropped.size() + plans[i].grown.size()));
-    utility_[row][at].fill_(plans[i].utility);
+    // A direction whose utility was not known counts as irreplaceable: the log stays finite.
+    constexpr double kMost = std::numeric_limits<double>::max();
+    utility_[row][at].fill_(std::clamp(plans[i].utility, -kMost, kMost));
   }
 }
 
