@@ -232,6 +232,7 @@ at::Tensor CTROptimizer::evaluate(const LossClosure& loss,
                                   bool with_gradients) {
   const std::vector<at::Tensor> params = all_params();
   std::vector<at::Tensor> grads;
+  grads.reserve(params.size());
   for (const at::Tensor& param : params) {
     grads.push_back(
         std::exchange(param.mutable_grad(), at::Tensor()));  // the closure writes its own
