@@ -165,7 +165,8 @@ TangentStep tangent_step(const SideProducts& input,
   const at::Tensor off = detail::zero_directions(p, q);
   q = q + at::diag_embed(off);
   const detail::Cholesky cholesky_q = detail::robust_cholesky(q, eps);
-  const at::Tensor q_inverse = detail::cholesky_inverse(cholesky_q.factor);
+  // Zero there, so that no gradient from outside the model can wake an inactive direction.
+  const at::Tensor q_inverse = detail::cholesky_inverse(cholesky_q.factor) - at::diag_embed(off);
 
   // The floor moves with the gauge: tr PQ is invariant and Q^-1 transforms like P.
   const at::Tensor active = (static_cast<double>(p.size(-1)) - off.sum(-1)).clamp_min(1.0);
