@@ -94,7 +94,7 @@ struct CTRLORA_API Options {
   /// switches it off. 0.005 makes every learning rate above the best one equally good [M].
   double kl_radius = 0.005;
 
-  /// EMA weight of the raw direction's squared length, in [0, 1). 0.9 ends 0.003 nats below 0.95
+  /// EMA weight of the raw direction's squared length, in [0, 1). 0.9 ends 0.002 nats below 0.95
   /// [M].
   double rms_beta = 0.9;
 
