@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pyctrlora.attach import _candidates, _find_reasons
+from pyctrlora.attach import find_candidates, find_reasons
 from pyctrlora.layers import LoRALinear
 
 if TYPE_CHECKING:
@@ -117,10 +117,10 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[Ad
         model: with PEFT's layers or `LoRALinear`.
         adapter_name: only this adapter of PEFT's layers.
     """
-    found = list(_candidates(model, adapter_name))
+    found = list(find_candidates(model, adapter_name))
     reasons = {
         name: reason
-        for name, reason in _find_reasons(found).items()
+        for name, reason in find_reasons(found).items()
         if "trained alone" not in reason  # frozen adapters have ranks too
     }
     names = {id(module): path for path, module in model.named_modules()}

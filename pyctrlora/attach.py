@@ -54,11 +54,11 @@ def attach(model: nn.Module, adapter_name: str | None = None) -> Attachment:
         ['0', '1']
     """
     own = [m for m in model.modules() if isinstance(m, LoRALinear) and m.lora_a.requires_grad]
-    found = list(_candidates(model, adapter_name))
+    found = list(find_candidates(model, adapter_name))
     trainable = [c for c in found if c.a.requires_grad or c.b.requires_grad]
     if not own and not trainable:
         raise ValueError(_nothing(model, found, adapter_name))
-    skipped = _find_reasons(trainable)
+    skipped = find_reasons(trainable)
     _warn_once(trainable, skipped)
     attachment = Attachment(skipped)
     for candidate in trainable:
@@ -143,7 +143,8 @@ class _Candidate:
     parent: nn.Module | None
 
 
-def _candidates(model: nn.Module, adapter_name: str | None) -> Iterator[_Candidate]:
+def find_candidates(model: nn.Module, adapter_name: str | None) -> Iterator[_Candidate]:
+    """Every adapter of every PEFT layer, or those of one name."""
     modules = dict(model.named_modules())
     for path, layer in modules.items():
         parent = modules.get(path.rpartition(".")[0])
@@ -164,7 +165,8 @@ def _weight(half: Any) -> Tensor:
     return weight
 
 
-def _find_reasons(candidates: list[_Candidate]) -> dict[str, str]:
+def find_reasons(candidates: list[_Candidate]) -> dict[str, str]:
+    """By name, why those that cannot be trained with curvature cannot."""
     # By storage, not identity: PEFT ties by a new Parameter over the old one's data.
     uses = Counter(_storage(half) for c in candidates for half in (c.a, c.b))
     reasons = {c.name: _reason(c, max(uses[_storage(h)] for h in (c.a, c.b))) for c in candidates}

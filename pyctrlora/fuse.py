@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pyctrlora.attach import _candidates
+from pyctrlora.attach import find_candidates
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +43,7 @@ def fuse(model: nn.Module) -> list[str]:
         ['0', '1']
         >>> pyctrlora.unfuse(model)
     """
-    found = {id(c.layer): c.layer for c in _candidates(model, None)}
+    found = {id(c.layer): c.layer for c in find_candidates(model, None)}
     if not found:
         raise ValueError(
             "[pyctrlora.fuse] expected a model with PEFT's LoRA layers; got "
@@ -76,7 +76,7 @@ def unfuse(model: nn.Module) -> None:
     Args:
         model: what was given to `fuse`, or a copy.
     """
-    if not any(True for _ in _candidates(model, None)):
+    if not any(True for _ in find_candidates(model, None)):
         return
     from pyctrlora.fused_layer import FusedLinear
 

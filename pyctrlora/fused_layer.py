@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from pyctrlora import _C, traced
-from pyctrlora.layers import _is_conv1d
+from pyctrlora.layers import is_conv1d
 from pyctrlora.observer import LayerObserver, observer_of
 
 
@@ -90,7 +90,7 @@ def _is_transformed() -> bool:
 
 
 def _is_plain_base(base: Any) -> bool:
-    return type(base) is nn.Linear or _is_conv1d(base)
+    return type(base) is nn.Linear or is_conv1d(base)
 
 
 def _is_bare(module: nn.Module, observer: LayerObserver | None = None) -> bool:

@@ -108,7 +108,7 @@ class LoRALinear(nn.Module):
     def _has_plain_base(self) -> bool:
         """Whether base and adapter can be one node, which gives the base no gradient."""
         base = self.base
-        if type(base) is not nn.Linear and not _is_conv1d(base):
+        if type(base) is not nn.Linear and not is_conv1d(base):
             return False
         weight, bias = self.weight, self.bias
         return not (weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -192,14 +192,14 @@ def _check_rank_and_alpha(where: str, rank: int, alpha: float) -> None:
         raise ValueError(f"[pyctrlora.{where}] alpha = {alpha}. Violated constraint: alpha > 0.")
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Conv1D of transformers, which is not imported for this; its weight is (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _features(base: nn.Module) -> tuple[int, int]:
     """(out, in) of a layer, without reading its weight."""
-    if _is_conv1d(base):
+    if is_conv1d(base):
         return int(base.nf), int(base.nx)  # type: ignore[arg-type]
     try:
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
@@ -228,7 +228,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, LoRALinear | nn.MultiheadAttention) or hasattr(module, "lora_A")
     ]
     for path, module in model.named_modules(remove_duplicate=False):
-        linear = isinstance(module, nn.Linear) or _is_conv1d(module)
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
         if path and linear and not any(path.startswith(prefix) for prefix in closed):
             yield path, module
 

@@ -22,7 +22,7 @@ from pyctrlora.adapters import (
     write_patterns,
 )
 from pyctrlora.files import disk_errors
-from pyctrlora.layers import _is_conv1d
+from pyctrlora.layers import is_conv1d
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -194,7 +194,7 @@ def _write_own(
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
-        "fan_in_fan_out": any(_is_conv1d(layer.layer.base) for layer in layers),
+        "fan_in_fan_out": any(is_conv1d(layer.layer.base) for layer in layers),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "target_modules": _targets(model, [layer.path for layer in layers]),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from pyctrlora.layers import LoRALinear, _is_conv1d
+from pyctrlora.layers import LoRALinear, is_conv1d
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ def _bases(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
 
 
 def _plain_weight(name: str, base: nn.Module) -> tuple[Tensor, bool]:
-    transposed = _is_conv1d(base)
+    transposed = is_conv1d(base)
     if type(base) is nn.Linear or transposed:
         weight: Any = base.weight
         if type(weight) in (nn.Parameter, Tensor) and weight.dtype.itemsize >= 2:

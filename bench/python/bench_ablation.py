@@ -11,19 +11,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from common import record
+from jobs import demo_base
 
 import pyctrlora
 from pyctrlora.demo.data import batches
 from pyctrlora.demo.job import gpt_job
-from pyctrlora.demo.pretrain import Pretraining, default_cache, load_or_pretrain, token_loss
+from pyctrlora.demo.pretrain import token_loss
 from pyctrlora.demo.train import CTR, Settings, fine_tune
 
 if TYPE_CHECKING:
+    import torch
+
     from pyctrlora.demo.job import Job
 
 CHANGES: tuple[dict[str, Any], ...] = (
@@ -45,6 +46,19 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"sample_rows": 1024},
     {"factor_every": 1},
     {"step_length": "radius", "lr": 0.05},
+)
+# How the three that say how fast things are forgotten were chosen: beside the defaults, those of
+# before (first) and their way to today's.
+CHANGES += tuple(
+    {"factor_beta": beta, "whitening": whitening, "rms_beta": rms}
+    for beta, whitening, rms in (
+        (0.95, 0.5, 0.95),
+        (0.8, 0.5, 0.95),
+        (0.6, 0.5, 0.95),
+        (0.8, 0.55, 0.95),
+        (0.7, 0.55, 0.9),
+        (0.6, 0.575, 0.9),
+    )
 )
 CALIBRATION = 8  # batches before the first step, with the demo's other settings
 RANKS: tuple[tuple[str, int, dict[str, Any]], ...] = (
@@ -84,15 +98,8 @@ def initialised(job: Job, batch: int) -> Job:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=72)
     parser.add_argument("--rank-steps", type=int, default=Settings.steps)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cache", type=Path, default=default_cache())
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    base = load_or_pretrain(Pretraining(), options.cache)
+    options, base = demo_base(parser, 72)
     job = gpt_job(base, 8)
     result: dict[str, Any] = {"steps": options.steps, "seeds": options.seeds, "changes": {}}
 

@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-from pathlib import Path
 from typing import Any
 
-import torch
 from common import record
+from jobs import demo_base
 
 from pyctrlora.demo.job import Job, gpt_job
-from pyctrlora.demo.pretrain import Pretraining, default_cache, load_or_pretrain
 from pyctrlora.demo.report import as_json
 from pyctrlora.demo.train import CTR, Settings, compare, fine_tune
 
@@ -62,16 +60,9 @@ def one_seed(job: Job, settings: Settings) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--batch", type=int, default=Settings.batch)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cache", type=Path, default=default_cache())
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    base = load_or_pretrain(Pretraining(), options.cache)
+    options, base = demo_base(parser, Settings.steps)
     job = gpt_job(base, options.rank)
     seeds = [
         one_seed(job, Settings(steps=options.steps, batch=options.batch, seed=seed))

@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import pyctrlora
 from pyctrlora import _C
+from pyctrlora.demo.pretrain import Base, Pretraining, default_cache, load_or_pretrain
+
+if TYPE_CHECKING:
+    import argparse
 
 SHAPES = ((4096, 4096, 28), (11008, 4096, 28))  # attention and MLP of a 7B model, r = 16
 SMALL = ((256, 256, 448),)  # many layers of a small model, r = 8
@@ -70,6 +74,18 @@ def state_bytes(optimizer: Any) -> int:
         elif isinstance(value, list | tuple):
             todo += value
     return total
+
+
+def demo_base(parser: argparse.ArgumentParser, steps: int) -> tuple[argparse.Namespace, Base]:
+    """Parses what all benches on the demo's job take, and loads its base model."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options, load_or_pretrain(Pretraining(), options.cache)
 
 
 def gpt(config: Any = None, seed: int = 0) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import json
 import math
@@ -43,7 +44,7 @@ class CausalLM(nn.Module):
         return Output(token_loss(self.model(input_ids[:, :-1]), input_ids))
 
 
-class Task:
+class Task(abc.ABC):
     """One job. Every batch is a dict that `model(**batch).loss` takes."""
 
     targets: str  # PEFT's regular expression for the layers
@@ -51,17 +52,17 @@ class Task:
     lrs: tuple[float, ...]  # where AdamW's sweep begins
     validation: list[Batch]
 
+    @abc.abstractmethod
     def base(self, seed: int) -> nn.Module:
         """The pretrained model, with a head drawn from `seed` if it has a fresh one."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def training(self, seed: int, steps: int) -> list[Batch]:
         """As many batches in an order drawn from `seed`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def scores(self, model: nn.Module) -> dict[str, float]:
         """On rows that neither training nor the choice of a learning rate has seen."""
-        raise NotImplementedError
 
 
 @torch.no_grad()

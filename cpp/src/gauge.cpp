@@ -15,15 +15,6 @@ using at::bmm;
 using detail::select_layers;
 using detail::small_bmm;
 
-namespace {
-
-// A direction of next to no size beside others would be scaled past what float32 parameters hold.
-at::Tensor moderate(const at::Tensor& map) {
-  return map.abs().flatten(1).amax(-1) < 1e12;
-}
-
-}  // namespace
-
 GaugeMap balance(const at::Tensor& gram_b, const at::Tensor& gram_a) {
   const detail::NumericsGuard guard;
   constexpr double kEps = 1e-15;
@@ -45,8 +36,8 @@ GaugeMap balance(const at::Tensor& gram_b, const at::Tensor& gram_a) {
   const at::Tensor inverse = small_bmm(cholesky.factor, vectors) / root.unsqueeze(-2);
   const at::Tensor ok = cholesky.ok.logical_and(detail::finite_layers(whitened))
                             .logical_and(largest > 0)
-                            .logical_and(moderate(map))
-                            .logical_and(moderate(inverse));
+                            .logical_and(detail::finite_layers(map))
+                            .logical_and(detail::finite_layers(inverse));
   return {select_layers(ok, map, identity), select_layers(ok, inverse, identity), sigma, ok};
 }
 

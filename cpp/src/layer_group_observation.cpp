@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "ctrlora/layer_group.h"
 #include "detail/group_ranks.h"
@@ -30,8 +31,7 @@ LayerGroup::Range LayerGroup::observed() const {
   return age_ < options_.factor_warmup_steps ? Range{0, layers()} : due(age_, observe_every_);
 }
 
-// Layers whose raw direction is measured, and those whose rows enter a rank sketch: neither is
-// sent.
+// Layers whose raw direction is measured, and whose rows enter a rank sketch: neither is sent.
 LayerGroup::Range LayerGroup::measured() const {
   return age_ < options_.factor_warmup_steps ? Range{0, layers()}
                                              : due(age_, options_.factor_every);
@@ -169,12 +169,12 @@ void LayerGroup::commit_observations(SideStream& side) {
     for (const auto& item : view.named_tensors()) {
       tensors.push_back(item.second);
     }
-    Options own =
-        options_;  // the factors' memory in steps does not depend on how often they change
+    // The factors' memory in steps does not depend on how often they change.
+    Options own = options_;
     own.factor_beta = std::pow(own.factor_beta, static_cast<double>(observe_every_) /
                                                     static_cast<double>(own.factor_every));
     side.submit(view.base_square.device(), std::move(tensors),
-                [view, sketch, own]() mutable { view.commit(sketch, own); });
+                [view, sketch, own = std::move(own)]() mutable { view.commit(sketch, own); });
     if (!lags(age_)) {
       side.join();
     }

@@ -231,8 +231,7 @@ PowerCoefficients LowRankEigen::power(double exponent, double damping) const {
   const at::Tensor lambda = damping == 0.0
                                 ? at::zeros_like(trace_)
                                 : trace_ * (damping / static_cast<double>(size())) + 1e-60;
-  // A damaged factor with a negative eigenvalue has no such power: it counts as zero.
-  const at::Tensor damped = eigenvalues_.clamp_min(0) + lambda.unsqueeze(-1);
+  const at::Tensor damped = eigenvalues_ + lambda.unsqueeze(-1);
   if (sketch_rank() == size()) {  // no tail: tau M + U (...) U^T M would only cancel
     return {at::zeros_like(trace_), damped.pow(exponent)};
   }

@@ -26,12 +26,16 @@ at::Tensor trace_of_product(const at::Tensor& x, const at::Tensor& y) {
   return detail::inner(x, y.mT());
 }
 
-// X1, X2, X3 of one side. unwhiten: F_-gamma; z: -Gram^-1 / s^2 on the right; h: the other side's
-// inverse Gram role, P^-1 for B and Q^-1 for A.
+// X1, X2, X3 of one side. unwhiten: F_-gamma; role: Gram^-1 on the right; minus: -1 / s^2; h: the
+// other side's inverse Gram role, P^-1 for B and Q^-1 for A. A momentum that the products could not
+// tell from nothing (set_momentum) is none: its step would have a size that no Gram shows.
 SideStep side_step(const SideProducts& products,
                    const PowerCoefficients& unwhiten,
-                   const at::Tensor& z,
+                   const at::Tensor& role,
+                   const at::Tensor& minus,
                    const at::Tensor& h) {
+  const at::Tensor told = products.mm.diagonal(0, -2, -1).sum(-1) > 0;
+  const at::Tensor z = role * minus * as_column(told);
   return {as_column(unwhiten.tail) * z, small_bmm(times_diagonal(unwhiten.diag, products.um), z),
           small_bmm(small_bmm(h, products.wm), z) * -0.5};
 }
@@ -87,8 +91,14 @@ void split_weight(SideProducts& products, const at::Tensor& joint, int64_t rank)
 void SideProducts::set_momentum(const at::Tensor& weight,
                                 const at::Tensor& momentum,
                                 const at::Tensor& basis) {
-  split_momentum(*this, detail::tall_grams({{{weight, basis, momentum}, momentum}}).front(),
-                 weight.size(2));
+  at::Tensor joint = detail::tall_grams({{{weight, basis, momentum}, momentum}}).front();
+  const at::Tensor square = joint.slice(1, -momentum.size(2)).diagonal(0, -2, -1).sum(-1);
+  // Squares of next to nothing are lost in the products' dtype, and with them the step's length.
+  const at::Tensor told = square > detail::smallest_trace(momentum.size(1), momentum.scalar_type());
+  if (!detail::known_to_be_true(told)) {
+    joint = detail::select_layers(told, joint, at::zeros({}, joint.options()));
+  }
+  split_momentum(*this, joint, weight.size(2));
 }
 
 void SideProducts::set_weight(const at::Tensor& weight, const at::Tensor& basis) {
@@ -180,8 +190,8 @@ TangentStep tangent_step(const SideProducts& input,
 
   const at::Tensor minus = as_column(-1 / scaling.square());
   TangentStep step;
-  step.b = side_step(output, output_metric.unwhiten, q_inverse * minus, p_inverse);
-  step.a = side_step(input, input_metric.unwhiten, p_inverse * minus, q_inverse);
+  step.b = side_step(output, output_metric.unwhiten, q_inverse, minus, p_inverse);
+  step.a = side_step(input, input_metric.unwhiten, p_inverse, minus, q_inverse);
   step.ok = cholesky_p.ok.logical_and(cholesky_q.ok)
                 .logical_and(all_finite(step.a))
                 .logical_and(all_finite(step.b));

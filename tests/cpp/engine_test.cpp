@@ -36,9 +36,10 @@ constexpr int64_t kIn = Model::kIn, kOut = Model::kOut, kRank = Model::kRank;
 
 std::atomic<int64_t> operator_calls{0};
 
-/// Operator calls of one step with `layers` equal layers.
+/// Operator calls of one step with `layers` equal layers. The seed draws no loss spike in any
+/// layer: forgetting its momentum takes some 20 calls more, however many layers have one.
 int64_t calls_of_step(int64_t layers, const Options& options, bool observed) {
-  at::manual_seed(0);
+  at::manual_seed(1);
   Model own(layers, options);
   int64_t calls = 0;
   for (int step = 0; step < 3; ++step) {
@@ -163,12 +164,11 @@ TEST_CASE("the number of operator calls does not grow with the number of layers"
   Options options;
   options.factor_warmup_steps = 0;
   options.factor_every = 1000;  // nothing is due on the steps that count
-  // A Cholesky factor that fails at first, of these four layers one, is tried again: some 20 calls.
-  CHECK(calls_of_step(16, options, false) <= calls_of_step(4, options, false));
+  CHECK(calls_of_step(4, options, false) == calls_of_step(16, options, false));
   CHECK(calls_of_step(4, options, false) > 50);  // the count counts
   options.factor_every = 1;                      // everything is due on every step
   CHECK(calls_of_step(4, options, true) == calls_of_step(16, options, true));
-  CHECK(calls_of_step(16, options, false) <= calls_of_step(4, options, false));
+  CHECK(calls_of_step(4, options, false) == calls_of_step(16, options, false));
 }
 
 TEST_CASE("a step of a 4096 x 4096 layer allocates nothing of its size") {

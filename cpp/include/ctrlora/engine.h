@@ -70,8 +70,10 @@ class CTRLORA_API Engine {
   /// takes the step back where the verdict is kReject, parameters and state bit for bit.
   /// @param before, after the loss on that batch before and after the step. Synchronises.
   StepVerdict end_trial(double before, double after);
+
   // ---- Hutchinson's traces (section 2): a HutchinsonProbe over all pairs, then enter_traces()
   // ----
+
   [[nodiscard]] bool probe_due() const;
   /// c_l of the layers by name; the missing ones are left alone.
   void enter_traces(const std::map<std::string, double>& traces);

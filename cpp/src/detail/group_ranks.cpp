@@ -6,7 +6,6 @@
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/nan_to_num.h>
-#include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -37,7 +36,6 @@ at::Tensor product(const at::Tensor& tall, const at::Tensor& small) {  // (L,d,p
 }
 
 constexpr double kFloor = 1e-10;
-constexpr double kLongestRow = 1e3;  // of a grown row, in units of the longest row that stays
 
 double rounding_of(const at::Tensor& slab) {
   return slab.scalar_type() == at::kDouble ? 1e-12 : 1e-6;
@@ -303,11 +301,7 @@ void GroupRanks::change(const GroupView& view,
   const at::Tensor from = index.clamp_min(0).unsqueeze(-1).expand({-1, -1, rows.size(-1)});
   const at::Tensor grown =
       rows.gather(1, from) * as_column(size).to(rows.scalar_type()) * (index >= 0).unsqueeze(-1);
-  // A layer whose inputs were next to nothing has rows of unit size there that are huge: not these.
-  const at::Tensor longest = row_squares(view.a).amax(-1, /*keepdim=*/true).sqrt();
-  const at::Tensor limit = kLongestRow * at::where(longest > 0, longest, at::ones_like(longest));
-  const at::Tensor fits = (row_squares(grown).sqrt() <= limit).unsqueeze(-1);
-  view.a.add_(at::where(fits, grown, at::zeros_like(grown)).to(view.a.scalar_type()));
+  view.a.add_(grown.to(view.a.scalar_type()));
 }
 
 std::vector<std::pair<std::string, at::Tensor>> GroupRanks::named_tensors() const {

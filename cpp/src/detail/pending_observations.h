@@ -81,6 +81,8 @@ class PendingObservations {
                                           const Observation& observation,
                                           const Rows& rows,
                                           KroneckerFactors& factors);
+  [[nodiscard]] static bool is(const at::Tensor& flags, int64_t layer);
+  static void set(const at::Tensor& flags, int64_t layer);
   [[nodiscard]] bool together(int64_t layer, int64_t other) const;
   void separate();
   void start_all(KroneckerFactors& factors);
@@ -91,8 +93,6 @@ class PendingObservations {
   bool mean_loss_;
   std::shared_ptr<const Processes> processes_;  // null: there is one
   std::vector<Sums> sums_;
-  [[nodiscard]] static bool is(const at::Tensor& flags, int64_t layer);
-  static void set(const at::Tensor& flags, int64_t layer);
   at::Tensor share_set_, started_, observed_;  // see named_tensors()
   Shared last_;
 };
