@@ -244,6 +244,13 @@ def test_training_recovers_from_faults_after_warm_up(
     assert recovers(run)
 
 
+def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """By name: two layers that are retired are in another order after a load."""
+    assert left.keys() == right.keys()
+    different = [n for n, x in left.items() if "probe" not in n and not torch.equal(x, right[n])]
+    assert not different
+
+
 @pytest.mark.filterwarnings(RETIRED)
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, phases=PHASES)
 @given(schedule=schedules, kind=kinds)
@@ -251,8 +258,7 @@ def test_a_replay_gives_the_same_bits(schedule: Schedule, kind: str) -> None:
     first, second = Run(torch.float32, kind), Run(torch.float32, kind)
     for run in (first, second):
         run.play(schedule)
-    for (name, x), y in zip(first.tensors().items(), second.tensors().values(), strict=True):
-        assert torch.equal(x, y) or "probe" in name, name
+    same_bits(first.tensors(), second.tensors())
 
 
 @pytest.mark.filterwarnings(RETIRED)
@@ -274,8 +280,7 @@ def test_a_run_resumes_bit_for_bit_amid_faults(
     resumed.play(schedule[:cut])
     resumed.reload()
     resumed.play(schedule[cut:])
-    for (name, x), y in zip(whole.tensors().items(), resumed.tensors().values(), strict=True):
-        assert torch.equal(x, y) or "probe" in name, name
+    same_bits(whole.tensors(), resumed.tensors())
 
 
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e30])
