@@ -129,30 +129,39 @@ Nystrom nystrom(const at::Tensor& basis, const at::Tensor& fresh, const at::Tens
   const at::Tensor up = gram.uu * kept.unsqueeze(1) + gram.uy;       // U^T P
   const at::Tensor yp = gram.uy.mT() * kept.unsqueeze(1) + gram.yy;  // Y^T P
   const at::Tensor core = symmetric(up);
+  const at::Tensor square =  // (L, k) of P's columns
+      (kept.unsqueeze(-1) * up + yp).diagonal(0, -2, -1).clamp_min(0);
 
-  // Columns C = (P + mu U) / (K_jj + mu) are near orthonormal when U is warm; mu is the damping's
-  // size: what lies below it need not be told apart.
+  // Columns C_j = (P_j + mu_j U_j) / (K_jj + mu_j) are near orthonormal when U is warm. What lies
+  // below mu need not be told apart: the damping's size, or what a Gram can tell from rounding.
   constexpr double kMu = 0.01;
-  const at::Tensor unit = 1 / (core.diagonal(0, -2, -1).clamp_min(0) + kMu);
-  const at::Tensor of_u = ((kept + kMu) * unit).unsqueeze(-1);
+  const at::Tensor mu = (square.sqrt() * std::sqrt(10 * eps)).clamp_min(kMu);
+  const at::Tensor unit = 1 / (core.diagonal(0, -2, -1).clamp_min(0) + mu);
+  const at::Tensor of_u = ((kept + mu) * unit).unsqueeze(-1);
   const at::Tensor of_y = unit.unsqueeze(-1);
   const at::Tensor cross = gram.uy * of_u * of_y.mT();
   const detail::OrthonormalMap first = detail::orthonormal_map(
       gram.uu * of_u * of_u.mT() + cross + cross.mT() + gram.yy * of_y * of_y.mT(), eps);
-  detail::tall_combine({{fresh, of_y * first.map}, {basis, of_u * first.map}});
-  const detail::OrthonormalMap second =
-      detail::orthonormal_map(detail::tall_gram(fresh, fresh), eps);
+  detail::tall_combine({{fresh, of_y * first.map}, {basis, of_u * first.map}});  // Z = C first
+  const std::vector<at::Tensor> grams = detail::tall_grams({{{basis, fresh}, fresh}});
+  const at::Tensor uz = grams.front().slice(1, 0, basis.size(2));
+  const at::Tensor zz = grams.front().slice(1, basis.size(2));
+  const detail::OrthonormalMap second = detail::orthonormal_map(zz, eps);
 
+  // Of F + nu I, and nu taken off again (Tropp et al. 2017, algorithm 3): where F has next to
+  // nothing, K is the rounding of its large entries, which K^-1 would blow up. Z^T P by way of
+  // P = C / unit - mu U, C = Z first^-1, for the same reason: not from the Grams that made Z.
+  const at::Tensor nu = square.sum(-1, /*keepdim=*/true).sqrt() * (4 * eps);  // (L, 1)
+  const at::Tensor back =
+      at::linalg_solve_triangular(first.map, at::diag_embed(1 / unit), /*upper=*/true);
   const at::Tensor projected =
-      small_bmm(small_bmm(first.map, second.map).mT(), of_u * up + of_y * yp);
-  const at::Tensor shift = core.diagonal(0, -2, -1).mean(-1) * eps;
-  const detail::Cholesky cholesky =
-      detail::robust_cholesky(core + at::diag_embed(shift.unsqueeze(-1).expand_as(kept)), eps);
+      small_bmm(second.map.mT(), small_bmm(zz, back) - uz.mT() * (mu - nu).unsqueeze(-2));
+  const detail::Cholesky cholesky = detail::robust_cholesky(core + gram.uu * nu.unsqueeze(-1), eps);
   const at::Tensor half =
       at::linalg_solve_triangular(cholesky.factor, projected.mT(), /*upper=*/false);
   const at::Tensor inside = small_bmm(half.mT(), half);
   const detail::Eigh eigh = detail::symmetric_eigh(inside);
-  return {small_bmm(second.map, eigh.vectors), eigh.values,
+  return {small_bmm(second.map, eigh.vectors), eigh.values - nu,
           first.ok.logical_and(second.ok)
               .logical_and(cholesky.ok)
               .logical_and(detail::finite_layers(inside))
@@ -200,7 +209,9 @@ at::Tensor LowRankEigen::update(const FactorSketch& sketch,
     values = eigh.values;
   } else {
     const Nystrom next = nystrom(basis, rows, kept);
-    live = live.logical_and(next.ok);
+    // It is below F: a sum above the trace is a decomposition that went wrong.
+    live = live.logical_and(next.ok).logical_and(next.values.sum(-1) <
+                                                 1.01 * static_cast<double>(size()));
     const at::Tensor zero = at::zeros({}, kept.options());
     terms = {{basis, select_layers(live, zero, identity)},
              {rows, select_layers(live, next.map, zero)}};

@@ -200,6 +200,43 @@ TEST_CASE("a factor of rank k is found exactly") {
   CHECK(error(factor.captured_share(), at::ones({2}, at::kDouble)) < 1e-12);
 }
 
+TEST_CASE("fewer rows than the basis, and a mean far above them, keep their spectrum in float32") {
+  at::manual_seed(16);
+  constexpr int64_t kSize = 600;
+  constexpr int64_t kSketch = 16;
+  for (const int64_t count : {1, 6, 10, 15, 40}) {
+    for (const double mean : {0.0, 1.0, 30.0}) {
+      CAPTURE(count);
+      CAPTURE(mean);
+      // Others, of weight 0, start the basis too: what it holds at first is hardly theirs.
+      const at::Tensor rows = (randn({2, 64, kSize}) + mean * randn({2, 1, kSize})).to(at::kFloat);
+      at::Tensor weights = at::zeros({2, 64}, at::kDouble);
+      weights.slice(1, 0, count).fill_(1.6);
+      LowRankEigen factor = started(rows, kSketch);
+      for (int step = 1; step <= 8; ++step) {
+        const at::Tensor failed = factor.update(factor.sketch(rows, weights),
+                                                filled(2, 1.0 - 1.0 / step), filled(2, 1.0));
+        CHECK_FALSE(failed.any().item<bool>());
+        CHECK(orthonormality(factor) < 1e-5);
+        // A Nystrom approximation is below what it approximates.
+        const at::Tensor share = factor.eigenvalues().sum(-1) / factor.trace();
+        CHECK((share <= 1 + 1e-5).all().item<bool>());
+      }
+      if (count >= kSketch) {
+        continue;  // the basis turns to the largest step by step
+      }
+      const at::Tensor exact =
+          at::linalg_eigvalsh(second_moment(rows.slice(1, 0, count).to(at::kDouble)));
+      const at::Tensor found = std::get<0>(factor.eigenvalues().sort(-1));
+      const at::Tensor ratio =
+          found.slice(1, kSketch - count) / exact.slice(1, kSize - count);  // smallest first
+      CHECK((ratio.select(1, -1) - 1).abs().max().item<double>() < 1e-5);
+      CHECK((ratio > 0.5).all().item<bool>());
+      CHECK((ratio < 1.01).all().item<bool>());
+    }
+  }
+}
+
 TEST_CASE("one repeated row, fewer rows than the basis, and rows of zeros survive") {
   at::manual_seed(6);
   const at::Tensor v = randn({2, 1, 24});
