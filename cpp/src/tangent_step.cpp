@@ -34,7 +34,7 @@ SideStep side_step(const SideProducts& products,
                    const at::Tensor& role,
                    const at::Tensor& minus,
                    const at::Tensor& h) {
-  const at::Tensor told = products.mm.diagonal(0, -2, -1).sum(-1) > 0;
+  const at::Tensor told = products.mm.diagonal(0, -2, -1).sum(-1) != 0;  // NaN is not nothing
   const at::Tensor z = role * minus * as_column(told);
   return {as_column(unwhiten.tail) * z, small_bmm(times_diagonal(unwhiten.diag, products.um), z),
           small_bmm(small_bmm(h, products.wm), z) * -0.5};
@@ -94,7 +94,8 @@ void SideProducts::set_momentum(const at::Tensor& weight,
   at::Tensor joint = detail::tall_grams({{{weight, basis, momentum}, momentum}}).front();
   const at::Tensor square = joint.slice(1, -momentum.size(2)).diagonal(0, -2, -1).sum(-1);
   // Squares of next to nothing are lost in the products' dtype, and with them the step's length.
-  const at::Tensor told = square > detail::smallest_trace(momentum.size(1), momentum.scalar_type());
+  const at::Tensor told =  // NaN too: it must show
+      (square <= detail::smallest_trace(momentum.size(1), momentum.scalar_type())).logical_not();
   if (!detail::known_to_be_true(told)) {
     joint = detail::select_layers(told, joint, at::zeros({}, joint.options()));
   }
