@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,14 @@ if TYPE_CHECKING:
 CHANGES: tuple[dict[str, Any], ...] = (
     {},
     {"lr": 0.07},
-    {"lr": 0.15},
+    {"lr": 0.14},
+    {"beta1": 0.5},
+    {"beta1": 0.8},
+    {"factor_every": 2},
+    {"factor_every": 3},
+    {"factor_every": 12},
+    {"factor_beta": 0.0},
+    {"factor_beta": 0.3},
     {"factor_beta": 0.8},
     {"factor_beta": 0.95},
     {"whitening": 0.45},
@@ -39,26 +47,17 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"damping": 0.03},
     {"kl_radius": 0.0025},
     {"kl_radius": 0.01},
-    {"beta1": 0.7},
-    {"beta1": 0.9},
+    {"kl_radius": math.inf},
+    {"rms_beta": 0.8},
     {"rms_beta": 0.95},
+    {"sketch_rank": 8},
     {"sketch_rank": 32},
+    {"sample_rows": 64},
     {"sample_rows": 1024},
-    {"factor_every": 1},
     {"step_length": "radius", "lr": 0.05},
-)
-# How the three that say how fast things are forgotten were chosen: beside the defaults, those of
-# before (first) and their way to today's.
-CHANGES += tuple(
-    {"factor_beta": beta, "whitening": whitening, "rms_beta": rms}
-    for beta, whitening, rms in (
-        (0.95, 0.5, 0.95),
-        (0.8, 0.5, 0.95),
-        (0.6, 0.5, 0.95),
-        (0.8, 0.55, 0.95),
-        (0.7, 0.55, 0.9),
-        (0.6, 0.575, 0.9),
-    )
+    {"curvature": "gradient"},
+    {"whitening": 0.0},
+    {"factor_every": 3, "beta1": 0.8},
 )
 CALIBRATION = 8  # batches before the first step, with the demo's other settings
 RANKS: tuple[tuple[str, int, dict[str, Any]], ...] = (

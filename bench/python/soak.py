@@ -72,6 +72,7 @@ def build(settings: argparse.Namespace) -> tuple[nn.Module, Any]:
         rank_budget=BUDGET,
         total_steps=settings.steps,
         overlap=settings.overlap,
+        factor_every=3 if settings.overlap == "thread" else 1,  # refreshes may lag from 2 on
     )
     return model, opt
 

@@ -85,6 +85,7 @@ TEST_CASE("a run that was saved and loaded goes on bit for bit") {
   options.sketch_rank = 3;
   options.sample_rows = 8;  // the sampler's draws must resume too
   options.balance_every = 3;
+  options.factor_every = 3;
   for (const int64_t saved_at : {0, 1, 5, 8, 9}) {
     options.overlap = saved_at >= 8 ? "thread" : "inline";  // saved with a refresh under way
     at::manual_seed(4);
@@ -127,6 +128,7 @@ TEST_CASE(
     options.sketch_rank = 3;
     options.overlap = overlap;
     options.max_staleness = max_staleness;
+    options.factor_every = 3;
     options.factor_warmup_steps = 2;
     at::manual_seed(7);
     Model own(5, options);

@@ -151,6 +151,7 @@ bool each_factor_whole(const State& after, const State& before, const State& ref
 TEST_CASE("memory that runs out in a refresh beside training costs that refresh and no more") {
   Options options = quick();
   options.overlap = "thread";
+  options.factor_every = 3;
   int failures = 0;
   for (int64_t request = 0;; request += 5) {
     at::manual_seed(3);

@@ -27,7 +27,9 @@ using problems::same_bits;
 TEST_CASE(
     "momentum is an EMA with bias correction; a layer without a finite gradient keeps its own") {
   at::manual_seed(8);
-  Layers own(3);
+  Options options;
+  options.beta1 = 0.8;
+  Layers own(3, options);
   own.random_gradients();
   own.group->update_momentum();
   const at::Tensor grad = own.pairs[0].b.grad().clone(), first = own.state("momentum_b").clone();

@@ -117,6 +117,7 @@ TEST_CASE("a model cast as a whole is followed; a part of it is refused") {
 TEST_CASE("every layer is wanted during warm-up, then a contiguous part of them on each step") {
   Options options;
   options.factor_warmup_steps = 2;
+  options.factor_every = 3;
   for (const int64_t count : {1, 2, 5, 7}) {
     Layers own(count, options);
     for (int64_t t = 0; t < 9; ++t) {

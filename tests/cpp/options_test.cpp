@@ -76,7 +76,7 @@ TEST_CASE("the defaults are those of the documentation and are valid") {
   CHECK(error_of([&] { options.validate(); }).empty());
   CHECK(options.sketch_rank == 16);
   CHECK(options.sample_rows == 256);
-  CHECK(options.factor_every == 3);
+  CHECK(options.factor_every == 1);
   CHECK(options.exchange_every == 12);
   CHECK(options.factor_warmup_steps == 5);
   CHECK(options.factor_beta == 0.6);
@@ -86,7 +86,7 @@ TEST_CASE("the defaults are those of the documentation and are valid") {
   CHECK(options.loss_terms == ctrlora::kLossTermsTokens);
   CHECK(options.loss_reduction == "mean");
   CHECK(options.loss_scale == 1.0);
-  CHECK(options.beta1 == 0.8);
+  CHECK(options.beta1 == 0.6);
   CHECK(options.gram_floor == 1e-4);
   CHECK_FALSE(options.maximize);
   CHECK(options.kl_radius == 0.005);

@@ -74,11 +74,12 @@ def weights(scenario: str, step: int, count: int) -> list[float]:
 
 def options_of(scenario: str) -> dict[str, Any]:
     # As often as one process, so that runs can be compared.
-    options: dict[str, Any] = {"lr": 0.1, "fallback_lr": 0.01, "exchange_every": 3}
+    options: dict[str, Any] = {"lr": 0.1, "fallback_lr": 0.01}
+    options |= {"factor_every": 3, "exchange_every": 3}
     if scenario.startswith("sketch"):  # neither all rows nor all directions
         options |= {"sketch_rank": 3, "sample_rows": 5}
-    if scenario == "sketch, seldom":  # the default
-        options |= {"exchange_every": 12}
+    if scenario == "sketch, seldom":  # the defaults
+        options |= {"factor_every": 1, "exchange_every": 12}
     if scenario.startswith("ranks"):  # events after steps 10, 18, ..., 178
         options |= {"rank_budget": 0.7, "total_steps": 200}
     return options

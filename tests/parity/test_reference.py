@@ -230,7 +230,7 @@ def test_average_is_a_mean_first_and_an_ema_afterwards() -> None:
 def test_schedule_observes_all_then_contiguous_thirds_of_each_shape() -> None:
     pairs = [known(i) for i in range(6)]
     other = layer(2, 2, 1, 1.0, 0)
-    reference = Reference([*pairs[:3], other, *pairs[3:]], Settings())
+    reference = Reference([*pairs[:3], other, *pairs[3:]], Settings(factor_every=3))
     seen = []
     for age in range(11):
         for pair in [*pairs, other]:

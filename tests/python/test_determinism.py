@@ -22,7 +22,7 @@ def train(threads: int, rank: int = 8, width: int = 640, **options: object) -> d
     model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
     pyctrlora.add_lora(model, rank=rank, targets=["0", "2"])
     model[0].lora_b.data.normal_(0, 0.1)
-    opt = CTROptimizer(model.parameters(), lr=0.05, balance_every=4, **options)
+    opt = CTROptimizer(model.parameters(), lr=0.05, balance_every=4, factor_every=3, **options)
     generator = torch.Generator().manual_seed(1)
     for _ in range(9):
         x = torch.randn(48, width, generator=generator)

@@ -58,7 +58,7 @@ FAULTS = [
 # What the optimizer does beside: nothing; refreshes on a worker thread; rank events.
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "thread": {"overlap": "thread", "factor_warmup_steps": 2},
+    "thread": {"overlap": "thread", "factor_every": 3, "factor_warmup_steps": 2},
     "ranks": {"rank_budget": 0.5, "total_steps": 60},
 }
 kinds = st.sampled_from(list(KINDS))

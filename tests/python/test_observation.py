@@ -196,7 +196,7 @@ def test_packed_base_weight_is_never_read(net, batches, train):
         layer = model.base_model.model.get_submodule(name)
         layer.base_layer = Packed(layer.base_layer)
     attachment = attach(model)
-    opt = CTROptimizer(model.parameters())
+    opt = CTROptimizer(model.parameters(), factor_every=3)
     losses = train(model, opt, batches(1) * 10)
     assert losses[-1] < 0.9 * losses[0]
     assert counts(attachment) == [7] * 3  # five steps for all, then each third

@@ -21,7 +21,7 @@ class Settings:
     """The engine's options by the engine's names; `sketch_rank=None` keeps the whole factor."""
 
     sketch_rank: int | None = None
-    factor_every: int = 3
+    factor_every: int = 1
     factor_warmup_steps: int = 5
     factor_beta: float = 0.6
     damping: float = 0.01
@@ -29,7 +29,7 @@ class Settings:
     loss_terms: int = 0  # 0: tokens, -1: sequences, else that many
     loss_reduction: str = "mean"
     loss_scale: float = 1.0
-    beta1: float = 0.8
+    beta1: float = 0.6
     gram_floor: float = 1e-4
     kl_radius: float = 0.005
     rms_beta: float = 0.9
