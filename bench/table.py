@@ -36,10 +36,15 @@ def peers(result: dict[str, Any]) -> list[Row | None]:
         ("small", "lora_rite", None, "median"),
     ):
         own = step.get(job, {}).get("ours_over", {}).get(peer)
-        for mode, words in (("ctr", "step()"), ("ctr_plain", "  nothing observed")):
+        for mode, words in (
+            ("ctr", "step()"),
+            ("ctr_thirds", "  factor_every 3"),
+            ("ctr_plain", "  nothing observed"),
+        ):
             name = f"{words} / {peer}, {job}"
             aim = target if mode == "ctr" else None
-            rows.append(None if own is None else ratio(name, own[mode], aim, kind))
+            found = None if own is None else own.get(mode)
+            rows.append(ratio(name, found, aim, kind))
     for job, found in training.items():
         over = found["over_adamw"]
         rows.append(ratio(f"training step, fused / adamw, {job}", over["fused"], 0.95, "median"))

@@ -27,10 +27,12 @@ def usable(group: Group) -> Any:
 
 def join(engine: _C.Engine, group: Any) -> None:
     """Makes the engine add up its observations over the group. Talks to nobody yet."""
+    # The default group goes by None: held here, its threads would outlive destroy_process_group().
+    named = None if group is dist.group.WORLD else group
 
     def all_reduce(tensors: Sequence[torch.Tensor]) -> None:
         for tensor in tensors:
-            dist.all_reduce(tensor, group=group)
+            dist.all_reduce(tensor, group=named)
 
     engine.set_processes(all_reduce, dist.get_rank(group), dist.get_world_size(group))
 

@@ -37,9 +37,10 @@ sanitize_python() { # [PYTEST ARGUMENTS]
   [ $# -gt 0 ] || set -- tests/python/test_optimizer.py tests/python/test_faults.py \
     tests/python/test_state.py tests/python/test_init.py tests/python/test_rank_schedule.py \
     tests/python/test_compact.py tests/python/test_layers.py
-  LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-    LD_LIBRARY_PATH=$PWD/build/sanitize/address/cpp OMP_NUM_THREADS=1 \
-    "$PY" -m pytest -p no:cacheprovider --timeout 1200 "$@"
+  # libstdc++ too, else ASan finds no throw to forward to; --capture=sys leaves its report visible.
+  LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0 LD_LIBRARY_PATH=$PWD/build/sanitize/address/cpp OMP_NUM_THREADS=1 \
+    "$PY" -m pytest -p no:cacheprovider --timeout 1200 --capture=sys "$@"
 }
 
 # The foreign C++ program of tests/embed. valgrind knows no AVX-512, hence the plain kernels.

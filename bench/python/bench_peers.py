@@ -3,8 +3,9 @@
     python bench/python/bench_peers.py [--short] [--threads 2] [--out FILE]
 
 `step()` alone on two jobs: "large", 56 pairs of a 7B model's shapes, r = 16, and "small", 448 pairs
-of 256 x 256, r = 8; gradients are given. "ctr" runs the default schedule (a third of the layers
-observed; sketching their rows belongs to backward), "ctr_plain" observes nothing. SOAP keeps two
+of 256 x 256, r = 8; gradients are given. "ctr" runs the default schedule (all layers
+observed; sketching their rows belongs to backward), "ctr_thirds" observes a third of them
+(`factor_every` 3), "ctr_plain" nothing. SOAP keeps two
 d x d matrices of every dimension d <= 10000, some 11 GB on "large" and half a minute for the first
 decomposition of each: it runs on `--soap-pairs` pairs of each shape and its time is scaled; since
 its work comes every tenth step its figures are means over whole periods. heavyball's SOAP leaves

@@ -4,7 +4,8 @@
 
 Counted per pair: passes over (m + n)·r numbers (k = r; `cpp/README.md`, section 8 says which) and
 flops of the d-wide products. Measured: bandwidth of x += y and GEMM speed (limits: the best of
-some), the step itself, and its spread over the default schedule, in CPU time on one thread.
+some), the step itself ("plain": nothing observed; "thirds": factor_every 3), and its spread, in CPU
+time on one thread.
 Predicted for an H100: traffic at its memory's 3.35 TB/s times the share of bandwidth that a pass of
 small kernels reaches, set by `--share`; launches are counted, not timed.
 """
@@ -27,11 +28,11 @@ import pyctrlora
 # of the Grams measured anew (W, U).
 PASSES = {"adamw": 7.0, "plain": 10.25}
 # More for an observed layer: raw gradient stacked 2 and multiplied 3; Y gathered 2, checked 1 and
-# scaled 2; joint Gram 2; Y and U combined 3; its Gram 1; the new basis 3; Grams with it 2.
-OBSERVED = 5 + 5 + 9 + 2
+# scaled 2; joint Gram 2; Y and U combined 3; its Gram with U 2; the new basis 3; Grams with it 2.
+OBSERVED = 5 + 5 + 10 + 2
 FLOPS = 12.5  # times r²·(m + n): 3 Grams and 3 terms of the update, 2 r² each, and the eighth
-OBSERVED_FLOPS = 26  # 3 Grams; 3, 2 terms, 1, 2 terms of the refresh; 2 Grams
-THIRD = 1 / 3
+OBSERVED_FLOPS = 28  # 3 Grams; 3, 2 terms, 2, 2 terms of the refresh; 2 Grams
+SHARE = {"adamw": 0.0, "plain": 0.0, "thirds": 1 / 3, "default": 1.0}  # of the layers observed
 
 # Linears of a decoder layer as (m, n), and layers: Llama 2's 7B and 70B (GQA of 8 heads of 128).
 MODELS = {
@@ -60,12 +61,10 @@ def machine_limits(rounds: int) -> dict[str, float]:
 
 
 def work(shapes: Any, rank: int, kind: str, width: int = 4) -> dict[str, float]:
-    """Bytes and flops of one step over (m, n, count); "mixed": a third of the layers observed."""
+    """Bytes and flops of one step over (m, n, count)."""
     size = sum((m + n) * count for m, n, count in shapes)
-    passes = PASSES["plain" if kind == "mixed" else kind]
-    flops = 0.0 if kind == "adamw" else FLOPS
-    if kind == "mixed":
-        passes, flops = passes + OBSERVED * THIRD, flops + OBSERVED_FLOPS * THIRD
+    passes = PASSES["adamw" if kind == "adamw" else "plain"] + OBSERVED * SHARE[kind]
+    flops = 0.0 if kind == "adamw" else FLOPS + OBSERVED_FLOPS * SHARE[kind]
     return {"bytes": passes * size * rank * width, "flops": flops * rank**2 * size}
 
 
@@ -74,9 +73,9 @@ def measured(rounds: int) -> dict[str, Any]:
     rows, runs, prepare = rows_of(SHAPES), {}, {}
     adamw = torch.optim.AdamW(tensors(make_pairs()), lr=1e-4, fused=True)
     runs["adamw"] = adamw.step
-    for name, options in (("plain", {"factor_every": 10**6}), ("mixed", {})):
+    for name, every in (("plain", 10**6), ("thirds", 3), ("default", 1)):
         pairs = make_pairs()
-        optimizer = pyctrlora.CTROptimizer(tensors(pairs), lr=0.01, **options)
+        optimizer = pyctrlora.CTROptimizer(tensors(pairs), lr=0.01, factor_every=every)
         for _ in range(6):  # the warm-up observes every layer
             observe(pairs, rows)
             optimizer.step()
@@ -97,7 +96,7 @@ def on_h100(name: str, rank: int, share: float) -> dict[str, float]:
     linears, layers = MODELS[name]
     shapes = [(m, n, layers) for m, n in linears]
     parameters = sum(m * n for m, n in linears) * layers
-    job = work(shapes, rank, "mixed")
+    job = work(shapes, rank, "default")
     adamw = work(shapes, rank, "adamw")
     traffic = job["bytes"] / (H100["bytes_per_second"] * share)
     products = job["flops"] / (H100["flops_float32"] * share)

@@ -3,8 +3,8 @@
     python bench/python/bench_step.py [--rounds 40] [--threads 2] [--out FILE]
 
 `step()` alone: 56 pairs of a 7B model's shapes, r = k = 16, gradients given. "plain" is a step on
-which nothing was observed; "mixed" runs the default schedule, a third of the layers observed before
-each step (the sketching of the rows belongs to backward and is timed in the training step below).
+which nothing was observed; "default" observes all layers before each step, "thirds" a third of them
+(`factor_every` 3). The sketching of rows belongs to backward: it is timed in the training step.
 Training step: a GPT of width 512 with 8 layers, PEFT's LoRA r = 8 on all linears, 16 x 128 tokens;
 "ctr" with attach(), "fused" with fuse() as well, "peak" the most memory that tensors take within a
 step, of weights, optimizer and activations together, beside PEFT + AdamW.
@@ -52,27 +52,22 @@ def bench_step(rounds: int) -> dict[str, Any]:
     adamw = torch.optim.AdamW(tensors(make_pairs()), lr=1e-3, fused=True)
     for parameter in adamw.param_groups[0]["params"]:
         parameter.grad = torch.randn_like(parameter)
-    plain_pairs, mixed_pairs = make_pairs(), make_pairs()
-    plain = pyctrlora.CTROptimizer(tensors(plain_pairs), sketch_rank=RANK, factor_every=10**6)
-    mixed = pyctrlora.CTROptimizer(tensors(mixed_pairs), sketch_rank=RANK)
-    for _ in range(6):  # the warm-up observes every layer
-        observe(plain_pairs, rows)
-        plain.step()
-        observe(mixed_pairs, rows)
-        mixed.step()
-    seconds: dict[str, list[float]] = {"adamw": [], "plain": [], "mixed": []}
-    for _ in range(rounds):
-        observe(mixed_pairs, rows)
-        once = interleaved({"adamw": adamw.step, "plain": plain.step, "mixed": mixed.step}, 1, 0)
-        for name, values in once.items():
-            seconds[name] += values
+    runs, prepare = {"adamw": adamw.step}, {}
+    for name, every in (("plain", 10**6), ("thirds", 3), ("default", 1)):
+        pairs = make_pairs()
+        optimizer = pyctrlora.CTROptimizer(tensors(pairs), sketch_rank=RANK, factor_every=every)
+        for _ in range(6):  # the warm-up observes every layer
+            observe(pairs, rows)
+            optimizer.step()
+        runs[name] = optimizer.step
+        prepare[name] = lambda p=pairs: observe(p, rows)
+    seconds = interleaved(runs, rounds, warm_up=0, prepare=prepare)
     # k = r: a basis is as large as its pair.
-    basis_bytes = sum(t.nbytes for t in tensors(plain_pairs))
+    basis_bytes = sum(t.nbytes for t in tensors(pairs))
     return {
-        "plain_to_adamw": ratios(seconds, "plain", "adamw"),
-        "mixed_to_adamw": ratios(seconds, "mixed", "adamw"),
+        **{f"{name}_to_adamw": ratios(seconds, name, "adamw") for name in prepare},
         "milliseconds": {name: 1e3 * statistics.median(s) for name, s in seconds.items()},
-        "state_bytes": plain.metrics()["state_bytes"],
+        "state_bytes": optimizer.metrics()["state_bytes"],
         "state_allowed": state_bytes(adamw) + basis_bytes,
         "launches": {count: launches(count) for count in (4, 16, 64)},
         "targets": {"plain median": 3.0, "plain p95": 4.0},

@@ -158,7 +158,7 @@ class TrainingRun:
         self.optimizer.zero_grad()
 
     def peak_bytes(self, steps: int = 3) -> int:
-        """Most bytes of tensors at any moment of so many steps: one of each third of the layers."""
+        """Most bytes of tensors at any moment of so many steps."""
         kept = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
         kept += state_bytes(self.optimizer)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:

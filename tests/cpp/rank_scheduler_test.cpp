@@ -67,6 +67,7 @@ TEST_CASE("rank schedule: events at 5 %, then every max(8 steps, 2 %), until 90 
 TEST_CASE("rank schedule: cubic descent from all that is allocated to the budget") {
   const RankSchedule schedule{.total_steps = 400, .last = 0.7, .min_steps = 50, .descend = true};
   CHECK(schedule.budget_at(0, 1000, 9000) == 9000);
+  CHECK(schedule.budget_at(20, 1000, 9000) == 1000 + 4629);   // five of six: (5/6)^3, rounded down
   CHECK(schedule.budget_at(120, 1000, 9000) == 1000 + 1000);  // half of six events: (1/2)^3
   CHECK(schedule.budget_at(270, 1000, 9000) == 1000);
   CHECK(schedule.budget_at(399, 1000, 9000) == 1000);
@@ -125,6 +126,11 @@ TEST_CASE("allocation: equal utilities go round, first layers first; a NaN count
   CHECK(allocate_ranks(kThree, {{}, {}, {}}, 120, {}) == Ranks{2, 2, 2});
   const double nan = std::numeric_limits<double>::quiet_NaN();
   CHECK(allocate_ranks(kThree, {{nan, nan}, {2, 1}, {}}, 70, {}) == Ranks{1, 2, 1});
+}
+
+TEST_CASE("allocation: of more utilities than directions the best count, wherever they stand") {
+  const std::vector<RankLayer> layers = {{"a", 5, 5, 1}, {"b", 5, 5, 1}};
+  CHECK(ctrlora::allocate_ranks(layers, {{1.0, 9.0}, {2.0}}, 10, {.min_rank = 0}) == Ranks{1, 0});
 }
 
 TEST_CASE("plan: nothing happens without a reason") {

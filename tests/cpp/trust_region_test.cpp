@@ -143,6 +143,14 @@ TEST_CASE(
   }
 }
 
+TEST_CASE("a squared norm that rounding made negative counts as none") {
+  const Quartic norm{problems::numbers({-1e-20}), problems::numbers({0.0}),
+                     problems::numbers({1.0})};
+  const at::Tensor f =
+      ctrlora::inside_ball(norm, problems::numbers({0.25}), problems::numbers({1.0}));
+  CHECK(problems::error(f, problems::numbers({0.5})) < 1e-9);  // f^4 = 1/16
+}
+
 TEST_CASE("no radius, no norm, no start and bad numbers") {
   const auto f = [](double c2, double c3, double c4, double radius, double start) {
     const Quartic norm{numbers({c2}), numbers({c3}), numbers({c4})};
