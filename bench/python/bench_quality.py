@@ -157,7 +157,8 @@ def loss_of(result: dict[str, Any]) -> float:
 
 def unit(runs: Runs, task: str, name: str, steps: int) -> None:
     """All runs of one method on one task."""
-    lrs = sorted(METHODS[name].lrs or tasks(task, runs.data).lrs)
+    method = METHODS[name]
+    lrs = sorted(method.lrs or (lr * method.lr_scale for lr in tasks(task, runs.data).lrs))
 
     def at(lr: float, seed: int = 0) -> float:
         return loss_of(runs.get(task=task, method=name, lr=lr, seed=seed, steps=steps))

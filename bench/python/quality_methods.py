@@ -34,7 +34,8 @@ class Method:
         config: further arguments of PEFT's LoraConfig.
         optimizer: "adamw", "loraplus", "riemannian", "rite" or "ctr".
         options: CTROptimizer's.
-        lrs: where the sweep begins; None: the task's for AdamW.
+        lrs: where the sweep begins; None: the task's for AdamW, times `lr_scale`.
+        lr_scale: how large a learning rate is beside AdamW's.
         about: what it is.
     """
 
@@ -45,14 +46,14 @@ class Method:
     optimizer: str = "adamw"
     options: tuple[tuple[str, Any], ...] = ()
     lrs: tuple[float, ...] | None = None
+    lr_scale: float = 1.0
 
 
-CTR_LRS = (0.025, 0.05, 0.1, 0.2)
 HALF = (("rank_budget", 0.5),)
 
 
 def ctr(about: str, **kwargs: Any) -> Method:
-    return Method(about, optimizer="ctr", lrs=CTR_LRS, **kwargs)
+    return Method(about, optimizer="ctr", lr_scale=10.0, **kwargs)
 
 
 METHODS = {
