@@ -2,6 +2,7 @@
 
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/diag_embed.h>
+#include <ATen/ops/maximum.h>
 #include <ATen/ops/zeros.h>
 
 #include "detail/small_matrix.h"
@@ -160,6 +161,21 @@ at::Tensor SideStep::materialize(const at::Tensor& weight_slab,
          at::bmm(weight_slab, weight.to(dtype));
 }
 
+namespace {
+
+// (L, r) float64: 1 where a direction is inactive, or so far below the layer's largest in A and in
+// BA that products of inverses would leave the range of float64.
+at::Tensor asleep(const at::Tensor& p, const at::Tensor& q) {
+  constexpr double kLeast = 1e-80;  // of squares
+  const at::Tensor of_b = p.diagonal(0, -2, -1), of_a = q.diagonal(0, -2, -1);
+  const auto tiny = [](const at::Tensor& x) { return x < kLeast * x.amax(-1, /*keepdim=*/true); };
+  const at::Tensor small =
+      (of_a > 0).logical_and(of_b > 0).logical_and(tiny(of_a)).logical_and(tiny(of_b * of_a));
+  return at::maximum(detail::zero_directions(p, q), small.to(q.scalar_type()));
+}
+
+}  // namespace
+
 TangentStep tangent_step(const SideProducts& input,
                          const SideMetric& input_metric,
                          const SideProducts& output,
@@ -173,7 +189,7 @@ TangentStep tangent_step(const SideProducts& input,
   q = q + at::diag_embed(q.diagonal(0, -2, -1) * (4 * eps));
   const at::Tensor trace_pq = trace_of_product(p, q);
   // Inactive directions (cpp/README.md, section 10): 1 on the diagonals keeps them apart.
-  const at::Tensor off = detail::zero_directions(p, q);
+  const at::Tensor off = asleep(p, q);
   q = q + at::diag_embed(off);
   const detail::Cholesky cholesky_q = detail::robust_cholesky(q, eps);
   // Zero there, so that no gradient from outside the model can wake an inactive direction.

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -66,6 +66,16 @@ Schedule = list[tuple[str, int]]
 schedules = st.lists(
     st.tuples(st.sampled_from(FAULTS), st.integers(0, 2)), min_size=10, max_size=20
 )
+
+
+# A direction grown under faults, whose row was set to zero, regrows by 1e-84: its Grams' inverses
+# leave the range of float64.
+NEARLY_DEAD: Schedule = [
+    *[("nan", 0), ("clean", 2), ("lr 0", 0), ("denormal", 2), ("clean", 2), ("clean", 0)],
+    *[("save and load", 2), ("inf", 1), ("one token", 0), ("nan loss", 1), ("no backward", 0)],
+    *[("zero", 0), ("denormal", 1), ("one token", 2), ("clean", 0), ("dead layer", 1)],
+    *[("nan loss", 2), ("lr 0", 0), ("zero inputs", 2), ("nan loss", 0)],
+]
 
 
 class Tiny(nn.Module):
@@ -218,6 +228,7 @@ def recovers(run: Run) -> bool:
 @pytest.mark.filterwarnings(RETIRED)
 @settings(max_examples=2 * EXAMPLES, deadline=None, derandomize=True, phases=PHASES)
 @given(schedule=schedules, dtype=st.sampled_from([torch.float32, torch.float64]), kind=kinds)
+@example(schedule=NEARLY_DEAD, dtype=torch.float64, kind="ranks")
 def test_any_schedule_of_faults_is_survived(
     schedule: Schedule, dtype: torch.dtype, kind: str
 ) -> None:
