@@ -55,7 +55,7 @@ def bench_steps(job: str, rounds: int, soap_pairs: int, missing: dict[str, str])
         out["over_adamw_fused"][c.name] = ratios(seconds, c.name, "adamw_fused")
         if not c.name.startswith("ctr"):
             out["ours_over"][c.name] = {
-                name: ratios(seconds, name, c.name) for name in ("ctr", "ctr_plain")
+                name: ratios(seconds, name, c.name) for name in ("ctr", "ctr_thirds", "ctr_plain")
             }
     fused = next(c for c in taking_part if c.name == "adamw_fused").optimizer
     out["state_over_adamw"] = {
