@@ -22,16 +22,16 @@ class EngineOptions(TypedDict, total=False):
         hutchinson_every: steps between two probes of the Hessian's trace, one number a layer, by
             two more evaluations of `step`'s closure, >= 0. `report()["curvature"]` compares them
             with the factors. Default 0: none.
-        sketch_rank: eigenpairs kept per Kronecker factor, >= 1. Default 16: a third of AdamW's
-            state, and close to dense factors.
+        sketch_rank: eigenpairs kept per Kronecker factor, >= 1. Default 16: twice as
+            many gain next to nothing.
         basis_dtype: "float32" (default; float64 for float64 parameters) or "bfloat16": how the
             factors' bases are kept. They are computed with in float32 either way; "bfloat16" halves
             what the state takes beyond the momentum.
         sample_rows: rows (tokens) of one backward that enter a factor, >= 1. Default 256:
             indistinguishable from all of them.
         factor_every: steps between two observations of a layer, >= 1. Default 1: the metric knows
-            the batch whose gradient it meets. 3 saves some 1.5 % of a training step, and refreshes
-            can run beside it (`overlap`).
+            the batch whose gradient it meets. With 3 a step is cheaper, and refreshes can run
+            beside training (`overlap`).
         exchange_every: the same under several processes, which send each other what they observe,
             >= 1. Default 12.
         factor_warmup_steps: first steps on which every layer is observed, >= 0. Default 5: the
@@ -40,7 +40,7 @@ class EngineOptions(TypedDict, total=False):
             moves the layers fast, and young factors fit better than the 0.95 of full K-FAC.
         damping: share of a factor's mean eigenvalue added to it, > 0. Default 0.01.
         whitening: exponent of the metric, in [0, 1]. 1: natural gradient; 0: no curvature. Default
-            0.55, better than both.
+            0.55, far better than 0.
         dense_limit: largest dimension that may get a complete basis, >= 1. Default 256.
         loss_terms: what the loss averages over: "tokens" (default), "sequences", or a number of
             terms. Matters for `kl_radius` only.
@@ -49,11 +49,11 @@ class EngineOptions(TypedDict, total=False):
             each step. Default: what `GradScaler.step` tells, else 1. Needed where
             `GradScaler.unscale_` is called: `scaler.get_scale`. Gradients in `.grad` are taken as
             they are found then.
-        beta1: momentum weight, in [0, 1). Default 0.6, better than 0.8 and 0.9 with this
-            direction.
+        beta1: momentum weight, in [0, 1). Default 0.6, better than 0.8 with
+            this direction.
         gram_floor: relative floor of the rank-space Gram matrix, in (0, 1). Default 1e-4.
-        kl_radius: radius of the global Fisher ball in nats per loss term, > 0. Default 0.005: every
-            lr above the best one trains equally well.
+        kl_radius: radius of the global Fisher ball in nats per loss term, > 0. Default 0.005: it
+            hardly matters at a good lr and bounds one that is too large.
         rms_beta: EMA weight of the raw direction's squared length, in [0, 1). Default 0.9.
         step_length: "rms" (default): steps shrink where gradients are noise; "radius": every step
             fills the output ball; "newton": to the minimum of the curvature model along the

@@ -20,9 +20,7 @@ from typing import Any
 import torch
 from bench_step import launches
 from common import interleaved, quantile, record
-from jobs import SHAPES, make_pairs, observe, rows_of, tensors
-
-import pyctrlora
+from jobs import SCHEDULES, SHAPES, make_pairs, observing, tensors
 
 # Reads and writes of a pair's (m + n)·r numbers. Ours: momentum 3, Grams 3, update 4, and an eighth
 # of the Grams measured anew (W, U).
@@ -70,17 +68,12 @@ def work(shapes: Any, rank: int, kind: str, width: int = 4) -> dict[str, float]:
 
 def measured(rounds: int) -> dict[str, Any]:
     """Seconds of each kind of step, and their spread."""
-    rows, runs, prepare = rows_of(SHAPES), {}, {}
+    runs, prepare = {}, {}
     adamw = torch.optim.AdamW(tensors(make_pairs()), lr=1e-4, fused=True)
     runs["adamw"] = adamw.step
-    for name, every in (("plain", 10**6), ("thirds", 3), ("default", 1)):
-        pairs = make_pairs()
-        optimizer = pyctrlora.CTROptimizer(tensors(pairs), lr=0.01, factor_every=every)
-        for _ in range(6):  # the warm-up observes every layer
-            observe(pairs, rows)
-            optimizer.step()
+    for name, every in SCHEDULES.items():
+        optimizer, prepare[name] = observing(SHAPES, factor_every=every)
         runs[name] = optimizer.step
-        prepare[name] = lambda p=pairs: observe(p, rows)
     seconds = interleaved(runs, rounds, warm_up=3, prepare=prepare)
     return {
         name: {

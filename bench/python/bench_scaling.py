@@ -19,9 +19,7 @@ from typing import Any
 
 import torch
 from common import interleaved, record
-from jobs import make_pairs, observe, rows_of, state_bytes, tensors
-
-import pyctrlora
+from jobs import observing, state_bytes
 
 BASE = {"d": 2048, "r": 16, "k": 16, "pairs": 16}
 SWEEPS = {
@@ -48,12 +46,7 @@ def sweep(name: str, rounds: int) -> dict[str, Any]:
     for value in SWEEPS[name]:
         size = {**BASE, **({"d": NARROW} if name == "pairs" else {}), name: value}
         shapes = ((size["d"], size["d"], size["pairs"]),)
-        pairs, rows = make_pairs(shapes, size["r"]), rows_of(shapes)
-        optimizer = pyctrlora.CTROptimizer(tensors(pairs), lr=0.01, sketch_rank=size["k"])
-        for _ in range(6):
-            observe(pairs, rows)
-            optimizer.step()
-        prepare[str(value)] = lambda p=pairs, r=rows: observe(p, r)
+        optimizer, prepare[str(value)] = observing(shapes, size["r"], sketch_rank=size["k"])
         runs[str(value)] = optimizer.step
         state.append(state_bytes(optimizer))
     seconds = interleaved(runs, rounds, warm_up=3, prepare=prepare)

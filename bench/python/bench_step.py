@@ -6,8 +6,8 @@
 which nothing was observed; "default" observes all layers before each step, "thirds" a third of them
 (`factor_every` 3). The sketching of rows belongs to backward: it is timed in the training step.
 Training step: a GPT of width 512 with 8 layers, PEFT's LoRA r = 8 on all linears, 16 x 128 tokens;
-"ctr" with attach(), "fused" with fuse() as well, "peak" the most memory that tensors take within a
-step, of weights, optimizer and activations together, beside PEFT + AdamW.
+"ctr" with attach(), "thirds" with `factor_every` 3 too, "fused" with fuse(), "peak" the most memory
+that tensors take within a step, of weights, optimizer and activations together.
 Figures are medians of ratios within one run; absolute times of a shared machine mean nothing.
 """
 
@@ -20,15 +20,7 @@ from typing import Any
 
 import torch
 from common import interleaved, ratios, record
-from jobs import (
-    SHAPES,
-    make_pairs,
-    observe,
-    rows_of,
-    state_bytes,
-    tensors,
-    training_runs,
-)
+from jobs import SCHEDULES, SHAPES, make_pairs, observing, state_bytes, tensors, training_runs
 from torch.profiler import ProfilerActivity, profile
 
 import pyctrlora
@@ -48,22 +40,16 @@ def launches(count: int) -> int:
 
 def bench_step(rounds: int) -> dict[str, Any]:
     """`step()` alone beside torch's AdamW(fused)."""
-    rows = rows_of(SHAPES)
     adamw = torch.optim.AdamW(tensors(make_pairs()), lr=1e-3, fused=True)
     for parameter in adamw.param_groups[0]["params"]:
         parameter.grad = torch.randn_like(parameter)
     runs, prepare = {"adamw": adamw.step}, {}
-    for name, every in (("plain", 10**6), ("thirds", 3), ("default", 1)):
-        pairs = make_pairs()
-        optimizer = pyctrlora.CTROptimizer(tensors(pairs), sketch_rank=RANK, factor_every=every)
-        for _ in range(6):  # the warm-up observes every layer
-            observe(pairs, rows)
-            optimizer.step()
+    for name, every in SCHEDULES.items():
+        optimizer, prepare[name] = observing(SHAPES, RANK, sketch_rank=RANK, factor_every=every)
         runs[name] = optimizer.step
-        prepare[name] = lambda p=pairs: observe(p, rows)
     seconds = interleaved(runs, rounds, warm_up=0, prepare=prepare)
     # k = r: a basis is as large as its pair.
-    basis_bytes = sum(t.nbytes for t in tensors(pairs))
+    basis_bytes = sum(p.nbytes for p in adamw.param_groups[0]["params"])
     return {
         **{f"{name}_to_adamw": ratios(seconds, name, "adamw") for name in prepare},
         "milliseconds": {name: 1e3 * statistics.median(s) for name, s in seconds.items()},
@@ -81,6 +67,7 @@ def bench_training(rounds: int) -> dict[str, Any]:
     peak = {name: run.peak_bytes() for name, run in runs.items()}
     return {
         "ctr_to_adamw": ratios(seconds, "ctr", "adamw"),
+        "thirds_to_adamw": ratios(seconds, "thirds", "adamw"),
         "fused_to_adamw": ratios(seconds, "fused", "adamw"),
         "peak_to_adamw": {name: peak[name] / peak["adamw"] for name in ("ctr", "fused")},
         "seconds": {name: statistics.median(s) for name, s in seconds.items()},

@@ -21,7 +21,9 @@ from pyctrlora.demo.pretrain import Base, Pretraining, default_cache, load_or_pr
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
+SCHEDULES = {"plain": 10**6, "thirds": 3, "default": 1}  # factor_every
 SHAPES = ((4096, 4096, 28), (11008, 4096, 28))  # attention and MLP of a 7B model, r = 16
 SMALL = ((256, 256, 448),)  # many layers of a small model, r = 8
 Shapes = tuple[tuple[int, int, int], ...]
@@ -58,6 +60,18 @@ def observe(pairs: list[_C.LoraPair], rows: dict[int, Tensor]) -> None:
         if slot is not None and slot.wanted:
             m, n = pair.b.shape[0], pair.a.shape[1]
             slot.capture(rows[n], rows[m]).complete(rows[m])
+
+
+def observing(
+    shapes: Shapes, rank: int = 16, **options: Any
+) -> tuple[pyctrlora.CTROptimizer, Callable[[], None]]:
+    """An optimizer past the steps that observe every layer, and what must precede each further."""
+    pairs, rows = make_pairs(shapes, rank), rows_of(shapes)
+    optimizer = pyctrlora.CTROptimizer(tensors(pairs), lr=0.01, **options)
+    for _ in range(6):
+        observe(pairs, rows)
+        optimizer.step()
+    return optimizer, lambda: observe(pairs, rows)
 
 
 def state_bytes(optimizer: Any) -> int:
@@ -173,9 +187,9 @@ class TrainingRun:
 
 
 def training_runs(job: str) -> dict[str, TrainingRun]:
-    """The job with AdamW(fused), with CTROptimizer, and with CTROptimizer on fused layers."""
+    """The job with AdamW(fused), CTROptimizer, its `factor_every` 3, and with fused layers."""
     batch, runs = batch_of(job), {}
-    for name in ("adamw", "ctr", "fused"):
+    for name in ("adamw", "ctr", "thirds", "fused"):
         model = MODELS[job]()
         if name == "fused":
             pyctrlora.fuse(model)
@@ -183,6 +197,7 @@ def training_runs(job: str) -> dict[str, TrainingRun]:
             parameters = [p for p in model.parameters() if p.requires_grad]
             optimizer: Any = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         else:
-            optimizer = pyctrlora.CTROptimizer.from_model(model, lr=0.01)
+            every = SCHEDULES["thirds" if name == "thirds" else "default"]
+            optimizer = pyctrlora.CTROptimizer.from_model(model, lr=0.01, factor_every=every)
         runs[name] = TrainingRun(model, optimizer, batch)
     return runs

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jobs import TrainingRun, make_pairs, observe, rows_of, tensors
+from jobs import SCHEDULES, TrainingRun, make_pairs, observing, tensors
 from torch import nn
-
-import pyctrlora
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -94,16 +92,12 @@ def contenders(shapes: Shapes, rank: int, soap_pairs: int, missing: dict[str, st
 
 def ours(shapes: Shapes, rank: int) -> Iterator[Contender]:
     """The default schedule, a third of the layers a step, none of them, and bases in bfloat16."""
-    rows = rows_of(shapes)
-    kinds = {"ctr": {}, "ctr_thirds": {"factor_every": 3}, "ctr_plain": {"factor_every": 10**6}}
+    kinds: dict[str, dict[str, Any]] = {"ctr": {}}
+    kinds |= {f"ctr_{name}": {"factor_every": SCHEDULES[name]} for name in ("thirds", "plain")}
     kinds["ctr_bfloat16"] = {"basis_dtype": "bfloat16"}
     for name, options in kinds.items():
-        pairs = make_pairs(shapes, rank)
-        optimizer = pyctrlora.CTROptimizer(tensors(pairs), lr=0.01, sketch_rank=rank, **options)
-        for _ in range(6):  # the warm-up observes every layer
-            observe(pairs, rows)
-            optimizer.step()
-        yield Contender(name, optimizer, lambda p=pairs: observe(p, rows), period=24)
+        optimizer, prepare = observing(shapes, rank, sketch_rank=rank, **options)
+        yield Contender(name, optimizer, prepare, period=24)
 
 
 def _riemannian(model: nn.Module, **options: Any) -> Any:

@@ -207,11 +207,11 @@ void GroupRanks::commit(double loss_scale) {
   if (any_pending_) {
     const at::Tensor b = sum_b_ + pending_b_ / loss_scale;
     const at::Tensor a = sum_a_ + pending_a_ / loss_scale;
-    // Rows that are finite may have products that are not: such a layer waits for better ones.
+    // Rows that are finite may have products that are not: they count as rows of nothing.
     const at::Tensor ok = finite_layers(b).logical_and(finite_layers(a));
     sum_b_.copy_(select_layers(ok, b, sum_b_));
     sum_a_.copy_(select_layers(ok, a, sum_a_));
-    steps_.add_((pending_backwards_ > 0).logical_and(ok.to(at::kCPU)));
+    steps_.add_(pending_backwards_ > 0);  // left out or not: knowing would stop a device
     drop();
   }
 }
