@@ -62,13 +62,14 @@ class CTROptimizer(Reports, torch.optim.Optimizer):
             `ProcessGroup`; None: this process trains a model of its own.
         rank_budget: what the active directions of all pairs may cost, out_features + in_features
             each: a float is a share of the allocated parameters in (0, 1], an int a number of
-            parameters; None (default): every direction stays active. Ranks come down to it after
-            the first step and then move to the layers where they are most useful.
+            parameters; None (default): every direction stays active. Ranks come down to it
+            (`rank_start`) and move to the layers where they are most useful.
         total_steps: length of the training, in which the schedule of ranks is measured: first event
-            at 5 %, then every 2 % but at least 50 steps, last at 70 %.
+            at 5 %, then every 2 % but at least 8 steps, last at 90 %.
         min_rank: least rank of a layer under a budget, >= 0. Default 1.
-        rank_start: "budget" (default), or "full": all directions at first, a cubic descent to the
-            budget by the last event.
+        rank_start: "full" (default): all directions at first, a cubic descent to the budget over
+            the first quarter of the events, so that the directions which stay have been seen to
+            learn; or "budget": down to it after the first step.
         **options: settings of the engine, by keyword: see `pyctrlora.options.EngineOptions`.
 
     Raises:
@@ -103,7 +104,7 @@ class CTROptimizer(Reports, torch.optim.Optimizer):
         rank_budget: float | None = None,
         total_steps: int | None = None,
         min_rank: int = 1,
-        rank_start: Literal["budget", "full"] = "budget",
+        rank_start: Literal["budget", "full"] = "full",
         **options: Unpack[EngineOptions],
     ) -> None:
         """See the class."""

@@ -17,7 +17,7 @@ def make_rank_options(
     rank_budget: Any,
     total_steps: Any,
     min_rank: int = 1,
-    rank_start: str = "budget",
+    rank_start: str = "full",
 ) -> _C.RankOptions:
     """The engine's rank options, checked.
 
@@ -27,7 +27,7 @@ def make_rank_options(
             parameters.
         total_steps: length of the training.
         min_rank: least rank of a layer.
-        rank_start: "budget", or "full" for the over-provisioned start.
+        rank_start: "full" for the over-provisioned start, or "budget".
 
     Raises:
         TypeError: the budget is no number, or total_steps no whole number.

@@ -26,7 +26,9 @@ class Reports:
         return {pair.name: active.get(pair.name, pair.a.shape[0]) for _, pair in pairs}
 
     def allocate_ranks(self, utilities: dict[str, list[float]]) -> None:
-        """Chooses the ranks to start with under a budget; before the first step.
+        """Chooses the ranks to start with, within the budget; before the first step.
+
+        They are kept from the end of the first step to the first event, `rank_start` or not.
 
         Args:
             utilities: of each layer's directions by its name, e.g. halved squared singular values.

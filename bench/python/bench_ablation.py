@@ -1,20 +1,24 @@
 """What each default is worth on the demo's job: validation loss with one thing changed at a time.
 
-    python bench/python/bench_ablation.py [--seeds 0 1 2] [--steps 72] [--out FILE]
+    python bench/python/bench_ablation.py [--seeds 0 1 2] [--steps 72] [--out FILE] [--resume]
 
-72 steps are 0.6 of those of `bench_convergence.py`, which has AdamW's best final losses for the
-same seeds. Ranks are compared over the whole 120 steps. Losses do not depend on the machine's load.
+With --resume the rows that FILE has are not repeated: right for a new row, wrong after a change of
+the method or of a default. 72 steps are 0.6 of those of `bench_convergence.py`, which has AdamW's
+best final losses for the same seeds. Ranks are compared over the whole 120 steps. Losses do not
+depend on the machine's load.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import statistics
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from common import record
+from common import RESULTS, record
 from jobs import demo_base
 
 import pyctrlora
@@ -24,6 +28,8 @@ from pyctrlora.demo.pretrain import token_loss
 from pyctrlora.demo.train import CTR, Settings, fine_tune
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from pyctrlora.demo.job import Job
@@ -37,6 +43,8 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"factor_every": 2},
     {"factor_every": 3},
     {"factor_every": 12},
+    {"factor_every": 12, "factor_beta": 0.002},
+    {"factor_every": 24},
     {"factor_beta": 0.0},
     {"factor_beta": 0.3},
     {"factor_beta": 0.8},
@@ -63,7 +71,7 @@ CALIBRATION = 8  # batches before the first step, with the demo's other settings
 RANKS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("rank 8", 8, {}),
     ("rank 8, rank_budget 0.5", 8, {"rank_budget": 0.5}),
-    ("rank 8, rank_budget 0.5, rank_start full", 8, {"rank_budget": 0.5, "rank_start": "full"}),
+    ("rank 8, rank_budget 0.5, rank_start budget", 8, {"rank_budget": 0.5, "rank_start": "budget"}),
     ("rank 4", 4, {}),
 )
 
@@ -98,29 +106,31 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rank-steps", type=int, default=Settings.steps)
+    parser.add_argument("--resume", action="store_true")
     options, base = demo_base(parser, 72)
     job = gpt_job(base, 8)
-    result: dict[str, Any] = {"steps": options.steps, "seeds": options.seeds, "changes": {}}
+    what = {"steps": options.steps, "rank_steps": options.rank_steps, "seeds": options.seeds}
+    result: dict[str, Any] = {**what, "changes": {}, "ranks": {}}
+    path = options.out or RESULTS / "ablation.json"
+    old = json.loads(path.read_text()) if options.resume else {}
+    known = old if all(old.get(key) == value for key, value in what.items()) else {}
 
-    def note(part: str, name: str, value: dict[str, Any]) -> None:
-        result[part][name] = value
-        print(f"{name}: {value['mean']:.4f}", flush=True)
+    def note(part: str, name: str, run: Callable[[], dict[str, Any]]) -> None:
+        result[part][name] = known.get(part, {}).get(name) or run()
+        print(f"{name}: {result[part][name]['mean']:.4f}", flush=True)
 
-    short = Settings(steps=options.steps, evaluations=1)
+    def final(job: Job, steps: int, own: dict[str, Any], lr: float = Settings.lr) -> dict[str, Any]:
+        return losses(job, Settings(steps=steps, evaluations=1, options=own), options.seeds, lr)
+
     for change in CHANGES:
-        own = {key: value for key, value in change.items() if key != "lr"}
+        own = dict(change)
+        lr = own.pop("lr", Settings.lr)
         name = ", ".join(f"{key} {value}" for key, value in change.items()) or "defaults"
-        settings = dataclasses.replace(short, options=own)
-        note("changes", name, losses(job, settings, options.seeds, change.get("lr", short.lr)))
-    start = initialised(job, short.batch)
-    note(
-        "changes", f"cg_init, {CALIBRATION} batches", losses(start, short, options.seeds, short.lr)
-    )
-    result["rank_steps"], result["ranks"] = options.rank_steps, {}
-    whole = Settings(steps=options.rank_steps, evaluations=1)
+        note("changes", name, partial(final, job, options.steps, own, lr))
+    start = initialised(job, Settings.batch)
+    note("changes", f"cg_init, {CALIBRATION} batches", partial(final, start, options.steps, {}))
     for name, rank, own in RANKS:
-        settings = dataclasses.replace(whole, options=own)
-        note("ranks", name, losses(gpt_job(base, rank), settings, options.seeds, whole.lr))
+        note("ranks", name, partial(final, gpt_job(base, rank), options.rank_steps, own))
     ends = [result["ranks"][name]["mean"] for name in ("rank 4", "rank 8")]
     for name, *_ in RANKS[1:3]:
         closed = (ends[0] - result["ranks"][name]["mean"]) / (ends[0] - ends[1])

@@ -69,7 +69,7 @@ def compacted(job: str, batch: dict[str, torch.Tensor]) -> TrainingRun:
     model = MODELS[job]()
     pyctrlora.fuse(model)
     optimizer = pyctrlora.CTROptimizer.from_model(
-        model, lr=0.01, rank_budget=0.5, total_steps=10_000
+        model, lr=0.01, rank_budget=0.5, rank_start="budget", total_steps=10_000
     )
     run = TrainingRun(model, optimizer, batch)
     run()  # ranks come down after the first step

@@ -173,7 +173,7 @@ class Sentiment(Classification):
     """SST-2: the share of right labels."""
 
     def __init__(self, data: Path) -> None:
-        super().__init__(self.read(data / "sst2.train"), held_out=200)
+        super().__init__(self.read(data / "sst2.train"), held_out=600)
         self.dev = self.read(data / "sst2.dev")
 
     def read(self, path: Path) -> Rows:
@@ -191,7 +191,7 @@ class Acceptability(Classification):
     size = 24
 
     def __init__(self, data: Path) -> None:
-        super().__init__(self.read(data / "cola.train"), held_out=400)
+        super().__init__(self.read(data / "cola.train"), held_out=600)
         self.dev = {name: self.read(data / f"cola.{name}") for name in ("dev", "ood")}
 
     def read(self, path: Path) -> Rows:

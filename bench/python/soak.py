@@ -70,6 +70,7 @@ def build(settings: argparse.Namespace) -> tuple[nn.Module, Any]:
         lr=0.05,
         sketch_rank=8,
         rank_budget=BUDGET,
+        rank_start="budget",  # so that it holds at every look
         total_steps=settings.steps,
         overlap=settings.overlap,
         factor_every=3 if settings.overlap == "thread" else 1,  # refreshes may lag from 2 on

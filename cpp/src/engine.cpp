@@ -69,9 +69,9 @@ void Engine::add_pairs(const std::vector<LoraPair>& pairs, int64_t group) {
   for (const Shape& shape : order) {
     groups_.push_back(std::make_shared<LayerGroup>(sorted[shape], group, options_, sampler_));
     LayerGroup::connect(groups_.back());
-    if (processes_ != nullptr) {
-      groups_.back()->set_processes(processes_);
-    }
+  }
+  if (processes_ != nullptr) {
+    inform_of_processes(groups_.size() - order.size());
   }
 }
 
@@ -205,8 +205,24 @@ void Engine::set_processes(Processes processes) {
   processes.validate();
   sampler_->set_process(processes.rank);
   processes_ = std::make_shared<const Processes>(std::move(processes));
-  for (const auto& group : groups_) {
-    group->set_processes(processes_);
+  inform_of_processes(0);
+}
+
+void Engine::inform_of_processes(size_t first) {
+  if (exchange_every_ == 0) {
+    exchange_every_ = options_.exchange_every;
+  }
+  if (exchange_every_ == 0 && !groups_.empty()) {  // one schedule for all that is here by now
+    Processes::Traffic all;
+    for (const auto& group : groups_) {
+      const Processes::Traffic own = group->traffic();
+      all.sketches += own.sketches;
+      all.gradients += own.gradients;
+    }
+    exchange_every_ = Processes::exchange_every(all);
+  }
+  for (size_t i = first; i < groups_.size(); ++i) {
+    groups_[i]->set_processes(processes_, exchange_every_);
   }
 }
 

@@ -1,7 +1,6 @@
 // What a LayerGroup observes: which layers on which step, and how it enters the factors.
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "ctrlora/layer_group.h"
@@ -105,17 +104,27 @@ void LayerGroup::observe(int64_t layer, const Observation& observation) {
   }
 }
 
-void LayerGroup::set_processes(const std::shared_ptr<const Processes>& processes) {
+void LayerGroup::set_processes(const std::shared_ptr<const Processes>& processes,
+                               int64_t exchange_every) {
   processes_ = processes;
   if (ranks_ != nullptr) {
     ranks_->set_processes(processes);
   }
   if (options_.curvature != "gradient") {  // factors of equal gradients are equal already
-    observe_every_ = options_.exchange_every;
+    observe_every_ = exchange_every;
     observations_->set_processes(processes, observe_every_, factors_);
     refresh_metrics();
   }
   observe_next(true);
+}
+
+Processes::Traffic LayerGroup::traffic() const {
+  const auto gradients = static_cast<int64_t>(parameters_->a().nbytes() + parameters_->b().nbytes());
+  if (options_.curvature == "gradient") {
+    return {0, gradients};
+  }
+  const int64_t numbers = factors_.input.basis().numel() + factors_.output.basis().numel();
+  return {numbers * Processes::bytes_of_number(factors_.input.dtype()), gradients};
 }
 
 void LayerGroup::drop_observations() {
@@ -169,12 +178,8 @@ void LayerGroup::commit_observations(SideStream& side) {
     for (const auto& item : view.named_tensors()) {
       tensors.push_back(item.second);
     }
-    // The factors' memory in steps does not depend on how often they change.
-    Options own = options_;
-    own.factor_beta = std::pow(own.factor_beta, static_cast<double>(observe_every_) /
-                                                    static_cast<double>(own.factor_every));
     side.submit(view.base_square.device(), std::move(tensors),
-                [view, sketch, own = std::move(own)]() mutable { view.commit(sketch, own); });
+                [view, sketch, own = options_]() mutable { view.commit(sketch, own); });
     if (!lags(age_)) {
       side.join();
     }

@@ -23,7 +23,7 @@ void Options::validate() const {
   CTRLORA_RULE(kWhere, basis_dtype, basis_dtype == "float32" || basis_dtype == "bfloat16");
   CTRLORA_RULE(kWhere, sample_rows, sample_rows >= 1);
   CTRLORA_RULE(kWhere, factor_every, factor_every >= 1);
-  CTRLORA_RULE(kWhere, exchange_every, exchange_every >= 1);
+  CTRLORA_RULE(kWhere, exchange_every, exchange_every >= 0);
   CTRLORA_RULE(kWhere, factor_warmup_steps, factor_warmup_steps >= 0);
   CTRLORA_RULE(kWhere, factor_beta, factor_beta >= 0.0 && factor_beta < 1.0);
   CTRLORA_RULE(kWhere, damping, damping > 0.0 && std::isfinite(damping));

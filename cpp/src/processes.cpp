@@ -3,6 +3,8 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/stack.h>
 
+#include <algorithm>
+
 #include "detail/check.h"
 
 namespace ctrlora {
@@ -14,11 +16,29 @@ void Processes::validate() const {
                 "expected a function all_reduce; got none. Remedy: one that calls the group's.");
 }
 
+namespace {
+
+// Half the traffic; its rounding, 2^-9 of each number, is far below the noise of sampled rows.
+at::ScalarType dtype_of_sent(at::ScalarType dtype) {
+  return dtype == at::kFloat ? at::kBFloat16 : dtype;
+}
+
+}  // namespace
+
+int64_t Processes::bytes_of_number(at::ScalarType dtype) {
+  return static_cast<int64_t>(c10::elementSize(dtype_of_sent(dtype)));
+}
+
+int64_t Processes::exchange_every(const Traffic& traffic) {
+  constexpr int64_t kShare = 24;
+  const int64_t gradients = std::max<int64_t>(1, traffic.gradients);
+  return std::max<int64_t>(1, (kShare * traffic.sketches + gradients - 1) / gradients);
+}
+
 CurvatureSketch Processes::sum(const CurvatureSketch& own, bool mean_loss) const {
   const at::Tensor flat = at::cat({own.input.product.flatten(), own.output.product.flatten()});
   const at::ScalarType dtype = flat.scalar_type();
-  // Half the traffic; its rounding, 2^-9 of each number, is far below the noise of sampled rows.
-  const at::Tensor sent = flat.to(dtype == at::kFloat ? at::kBFloat16 : dtype).contiguous();
+  const at::Tensor sent = flat.to(dtype_of_sent(dtype)).contiguous();
   const at::Tensor claims = own.from_gradient.logical_not().to(at::kDouble);
   const at::Tensor numbers = at::stack({own.input.trace, own.input.weight, own.output.trace,
                                         own.output.weight, own.base_square, own.sequences, claims});

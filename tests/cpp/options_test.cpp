@@ -77,7 +77,7 @@ TEST_CASE("the defaults are those of the documentation and are valid") {
   CHECK(options.sketch_rank == 16);
   CHECK(options.sample_rows == 256);
   CHECK(options.factor_every == 1);
-  CHECK(options.exchange_every == 12);
+  CHECK(options.exchange_every == 0);
   CHECK(options.factor_warmup_steps == 5);
   CHECK(options.factor_beta == 0.6);
   CHECK(options.damping == 0.01);
@@ -109,7 +109,7 @@ TEST_CASE("whole-number options name themselves, their value and their rule") {
   check_option(&Options::sketch_rank, "sketch_rank", 1, "sketch_rank >= 1");
   check_option(&Options::sample_rows, "sample_rows", 1, "sample_rows >= 1");
   check_option(&Options::factor_every, "factor_every", 1, "factor_every >= 1");
-  check_option(&Options::exchange_every, "exchange_every", 1, "exchange_every >= 1");
+  check_option(&Options::exchange_every, "exchange_every", 0, "exchange_every >= 0");
   check_option(&Options::factor_warmup_steps, "factor_warmup_steps", 0, "factor_warmup_steps >= 0");
   check_option(&Options::dense_limit, "dense_limit", 1, "dense_limit >= 1");
   check_option(&Options::loss_terms, "loss_terms", ctrlora::kLossTermsSequences,

@@ -166,3 +166,32 @@ TEST_CASE("numbers that make no sense are refused") {
   CHECK(contains(message({nullptr, 0, 2}), "expected a function all_reduce; got none."));
   CHECK(message({nothing, 1, 2}).empty());
 }
+
+TEST_CASE("sketches are exchanged as often as keeps them at 1/24 of the gradients' bytes") {
+  CHECK(Processes::exchange_every({100, 100}) == 24);
+  CHECK(Processes::exchange_every({100, 200}) == 12);
+  CHECK(Processes::exchange_every({101, 200}) == 13);  // never more than that share
+  CHECK(Processes::exchange_every({1, 1000}) == 1);
+  CHECK(Processes::exchange_every({0, 0}) == 1);
+  CHECK(Processes::bytes_of_number(at::kFloat) == 2);
+  CHECK(Processes::bytes_of_number(at::kDouble) == 8);
+}
+
+TEST_CASE("the schedule follows from sketch, rank and dtype, and is in the state") {
+  const auto nothing = [](const std::vector<at::Tensor>&) {};
+  const auto every = [&](int64_t exchange_every, int64_t sketch_rank, at::ScalarType dtype) {
+    Options options;
+    options.exchange_every = exchange_every;
+    options.sketch_rank = sketch_rank;
+    Model model(3, options, true, dtype);
+    model.engine.set_processes({nothing, 0, 2});
+    return problems::copy_of(model.engine).at("observe_every").item<int64_t>();
+  };
+  static_assert(Model::kRank == 2);
+  CHECK(every(0, 2, at::kFloat) == 12);  // bfloat16 is sent beside float32 gradients
+  CHECK(every(0, 4, at::kFloat) == 24);
+  CHECK(every(0, 1, at::kFloat) == 6);
+  CHECK(every(0, 2, at::kDouble) == 24);
+  CHECK(every(0, 2, at::kBFloat16) == 24);
+  CHECK(every(7, 2, at::kFloat) == 7);
+}

@@ -67,9 +67,13 @@ TEST_CASE("rank schedule: events at 5 %, then every max(8 steps, 2 %), until 90 
 TEST_CASE("rank schedule: cubic descent from all that is allocated to the budget") {
   const RankSchedule schedule{.total_steps = 400, .last = 0.7, .min_steps = 50, .descend = true};
   CHECK(schedule.budget_at(0, 1000, 9000) == 9000);
-  CHECK(schedule.budget_at(20, 1000, 9000) == 1000 + 4629);   // five of six: (5/6)^3, rounded down
-  CHECK(schedule.budget_at(120, 1000, 9000) == 1000 + 1000);  // half of six events: (1/2)^3
-  CHECK(schedule.budget_at(270, 1000, 9000) == 1000);
+  CHECK(schedule.budget_at(19, 1000, 9000) == 9000);
+  CHECK(schedule.budget_at(20, 1000, 9000) == 1000 + 296);  // one event of 1.5: (1/3)^3
+  CHECK(schedule.budget_at(70, 1000, 9000) == 1000);
+  const RankSchedule many{.total_steps = 10000, .descend = true};  // 43 events, 10.75 of descent
+  CHECK(many.budget_at(500, 0, 1000000) == 746085);                // (1 - 4/43)^3, rounded down
+  CHECK(many.budget_at(1300, 0, 1000000) == 153030);               // (1 - 20/43)^3
+  CHECK(many.budget_at(2500, 0, 1000000) == 0);
   CHECK(schedule.budget_at(399, 1000, 9000) == 1000);
   CHECK(RankSchedule{.total_steps = 400}.budget_at(0, 1000, 9000) == 1000);
 }

@@ -58,6 +58,14 @@ def test_guide(tmp_path, task, code):
     elif task.startswith("Start values"):
         assert (tmp_path / "ranks.png").stat().st_size > 5000
         assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    elif task.startswith("Choose"):
+        losses, without, half = re.fullmatch(r"\{(.*)\} (\S+) (\S+)\n", done.stdout).groups()
+        swept = [float(item.split(": ")[1]) for item in losses.split(", ")]
+        assert len(swept) == 3
+        assert max(*swept, float(without), float(half)) < 5.6  # log 256 = 5.55 at the start
+    elif task == "Read the pictures":
+        for name in ("spectra", "training", "ranks", "budget"):
+            assert (tmp_path / f"{name}.png").stat().st_size > 5000
     elif task.startswith("A loop of your own"):
         assert torch.load(tmp_path / "run.pt", weights_only=True)["step"] == 20
     elif task == "A C++ program":

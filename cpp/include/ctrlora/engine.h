@@ -48,7 +48,8 @@ class CTRLORA_API Engine {
   /// @throws c10::ValueError as check_budget and RankOptions::validate, or a second time.
   void schedule_ranks(const RankOptions& ranks);
   /// The ranks to start with, by utilities of every layer's directions (by name, in any order), as
-  /// an initialisation finds them. Only after schedule_ranks and before the first step.
+  /// an initialisation finds them, within the budget. Only after schedule_ranks and before the first
+  /// step.
   void allocate_ranks(const std::map<std::string, std::vector<double>>& utilities);
   /// Active directions of each pair by name. Synchronises.
   [[nodiscard]] std::map<std::string, int64_t> ranks() const;
@@ -118,6 +119,7 @@ class CTRLORA_API Engine {
   [[nodiscard]] std::vector<const GroupSettings*> checked(
       const std::vector<GroupSettings>& settings) const;
   void fisher_ball();
+  void inform_of_processes(size_t first);
   void join_refreshes() const;
   [[nodiscard]] std::vector<at::Tensor> all_parameters() const;
   [[nodiscard]] size_t paired_parameters() const;
@@ -134,6 +136,7 @@ class CTRLORA_API Engine {
   std::vector<std::string> retired_;
   std::unique_ptr<StepReport> report_;
   std::shared_ptr<const Processes> processes_;  // null: there is one
+  int64_t exchange_every_ = 0;                  // 0: not yet known
   std::unique_ptr<detail::RankControl> rank_control_;
   std::unique_ptr<detail::Trial> trial_;  // null: the step is not checked
   RadiusControl radius_;

@@ -59,7 +59,10 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   [[nodiscard]] int64_t micro_batch(int64_t layer) const override;
   void observe(int64_t layer, const Observation& observation) override;
   void drop_observations();
-  void set_processes(const std::shared_ptr<const Processes>& processes);
+  /// @param exchange_every steps between two observations of a layer from now on.
+  void set_processes(const std::shared_ptr<const Processes>& processes, int64_t exchange_every);
+  /// What several processes send when all layers are observed, and for their gradients on each step.
+  [[nodiscard]] Processes::Traffic traffic() const;
   /// Whether layers ask for observations on this step; off until turned on again or the next step.
   void observe_next(bool on);
   /// Enters traces c_l (L) of one Hutchinson probe; NaN where there is none.

@@ -45,7 +45,7 @@ struct CTRLORA_API RankSchedule {
   double every = 0.02;      ///< between events, but at least `min_steps`
   double last = 0.9;        ///< no event after this share, in [first, 1]
   int64_t min_steps = 8;    ///< >= 1: every layer is seen in each half of a window
-  bool descend = false;     ///< start with every allocated direction, come down cubically (AdaLoRA)
+  bool descend = false;     ///< start with every allocated direction and come down cubically
 
   /// @throws c10::ValueError if a number is out of range, or a descent has no event.
   void validate() const;
@@ -54,8 +54,9 @@ struct CTRLORA_API RankSchedule {
   [[nodiscard]] int64_t last_event() const;   ///< 0 if there is none
   /// Whether ranks change after `steps` steps were taken.
   [[nodiscard]] bool due(int64_t steps) const;
-  /// Parameters allowed after `steps` steps: `budget`, or during a descent
-  /// budget + (allocated - budget) (1 - progress)^3.
+  /// Parameters allowed after `steps` steps: `budget`, or during a descent, which takes the first
+  /// quarter of the events, budget + (allocated - budget) (1 - progress)^3 (AdaLoRA, arXiv
+  /// 2303.10512, equation 12).
   [[nodiscard]] int64_t budget_at(int64_t steps, int64_t budget, int64_t allocated) const;
 };
 

@@ -94,6 +94,13 @@ int64_t RankControl::phase_before(int64_t steps) const {
                                                              : SketchPhase::kSplit);
 }
 
+// Parameters from which a descent comes down; the budget where ranks were allocated within it.
+int64_t RankControl::started_with() const {
+  const int64_t* first = first_ranks_.const_data_ptr<int64_t>();
+  return std::max(options_.budget,
+                  used_parameters(layers_, {first, first + first_ranks_.numel()}));
+}
+
 void RankControl::after_step(const Groups& groups, int64_t steps) {
   if (steps > 0 && ranks_.const_data_ptr<int64_t>()[0] < 0) {
     start(groups);
@@ -148,7 +155,7 @@ void RankControl::event(const Groups& groups, int64_t steps) {
   }
   std::vector<Change> changes = no_change(groups);
   std::vector<LayerPlan> plans(layers_.size());
-  int64_t budget = options_.schedule.budget_at(steps, options_.budget, allocated());
+  int64_t budget = options_.schedule.budget_at(steps, options_.budget, started_with());
   int64_t least = 0;
   std::vector<RankLayer> taking;
   std::vector<RankUtilities> utilities;

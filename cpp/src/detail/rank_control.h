@@ -47,6 +47,7 @@ class RankControl {
     at::Tensor keep, grow;  // (L, r) bool, int64
   };
   [[nodiscard]] int64_t phase_before(int64_t steps) const;
+  [[nodiscard]] int64_t started_with() const;
   [[nodiscard]] std::vector<Change> no_change(const Groups& groups) const;
   void start(const Groups& groups);
   void event(const Groups& groups, int64_t steps);
