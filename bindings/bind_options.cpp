@@ -24,6 +24,7 @@ void bind_options(py::module_& m) {
       .def_readwrite("beta1", &Options::beta1)
       .def_readwrite("gram_floor", &Options::gram_floor)
       .def_readwrite("maximize", &Options::maximize)
+      .def_readwrite("master_weights", &Options::master_weights)
       .def_readwrite("kl_radius", &Options::kl_radius)
       .def_readwrite("rms_beta", &Options::rms_beta)
       .def_readwrite("step_length", &Options::step_length)

@@ -58,6 +58,7 @@ class Options:
     basis_dtype: str
     curvature: str
     loss_reduction: str
+    master_weights: bool
     maximize: bool
     overlap: str
     step_length: str

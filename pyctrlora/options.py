@@ -73,6 +73,8 @@ class EngineOptions(TypedDict, total=False):
         balance_every: steps between two balancings of the gauge, >= 1. Default 100.
         max_misses: failures of one layer in a row after which AdamW takes it over, >= 1. Default 5.
         maximize: ascend instead of descend. Default False.
+        master_weights: steps on adapters of 16 bits are made on float32 copies, kept in the state,
+            which are rounded into them. Default False: PEFT keeps adapters in float32.
         seed: of the row sampler and the first bases, >= 0. Default 0.
     """
 
@@ -103,6 +105,7 @@ class EngineOptions(TypedDict, total=False):
     balance_every: int
     max_misses: int
     maximize: bool
+    master_weights: bool
     seed: int
 
 

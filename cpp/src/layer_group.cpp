@@ -36,7 +36,7 @@ LayerGroup::LayerGroup(std::vector<LoraPair> pairs,
       options_(std::move(options)),
       observe_every_(options_.factor_every),
       sampler_(std::move(sampler)),
-      parameters_(std::make_unique<detail::ParameterSlabs>(pairs_)),
+      parameters_(std::make_unique<detail::ParameterSlabs>(pairs_, options_.master_weights)),
       observations_(std::make_unique<detail::PendingObservations>(layers(), options_)) {
   for (const LoraPair& pair : pairs_) {
     slots_.push_back(options_.curvature == "gradient" ? nullptr : find_slot(pair.a));
@@ -225,6 +225,7 @@ void LayerGroup::apply(const Proposal& proposal,
   };
   move(b, output_, parameters_->b(), momentum_b_, factors_.output.basis());
   move(a, input_, parameters_->a().mT(), momentum_a_.mT(), factors_.input.basis());
+  parameters_->publish();
   const at::Tensor calm = proposal.spike.logical_not();
   if (!detail::known_to_be_true(calm)) {
     momentum_a_.mul_(as_column(calm).to(momentum_a_.scalar_type()));
@@ -298,6 +299,10 @@ std::vector<std::pair<std::string, at::Tensor>> LayerGroup::named_tensors() cons
                                                          {"probe_b", parameters_->probe_b()}};
   for (const auto& part : {observations_->named_tensors(), factors_.named_tensors()}) {
     out.insert(out.end(), part.begin(), part.end());
+  }
+  if (parameters_->has_masters()) {
+    out.emplace_back("master_a", parameters_->a());
+    out.emplace_back("master_b", parameters_->b());
   }
   if (may_lag_) {
     for (const auto& [name, tensor] : back_.named_tensors()) {

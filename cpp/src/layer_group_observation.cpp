@@ -119,7 +119,7 @@ void LayerGroup::set_processes(const std::shared_ptr<const Processes>& processes
 }
 
 Processes::Traffic LayerGroup::traffic() const {
-  const auto gradients = static_cast<int64_t>(parameters_->a().nbytes() + parameters_->b().nbytes());
+  const int64_t gradients = parameters_->parameter_bytes();
   if (options_.curvature == "gradient") {
     return {0, gradients};
   }

@@ -26,6 +26,7 @@ void LayerGroup::balance_gauge() {
   GaugeMap gauge = balance(own.gram_b, own.gram_a);
   gauge.ok = gauge.ok.logical_and(active_).logical_and(momentum_weight_ > 0);
   apply_gauge(gauge, parameters_->a(), parameters_->b(), momentum_a_, momentum_b_);
+  parameters_->publish();
   if (ranks_ != nullptr) {
     ranks_->transport(gauge);
   }
@@ -61,6 +62,7 @@ void LayerGroup::change_ranks(const at::Tensor& keep,
                               const at::Tensor& grow,
                               const at::Tensor& rows) {
   ranks_->change(view(), keep, grow, rows);
+  parameters_->publish();
   refresh_grams({0, layers()});
   parameters_->remember();
 }

@@ -89,6 +89,7 @@ TEST_CASE("the defaults are those of the documentation and are valid") {
   CHECK(options.beta1 == 0.6);
   CHECK(options.gram_floor == 1e-4);
   CHECK_FALSE(options.maximize);
+  CHECK_FALSE(options.master_weights);
   CHECK(options.kl_radius == 0.005);
   CHECK(options.rms_beta == 0.9);
   CHECK(options.step_length == "rms");

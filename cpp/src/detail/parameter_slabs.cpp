@@ -1,8 +1,10 @@
 #include "detail/parameter_slabs.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
 
 #include <cstring>
 #include <limits>
@@ -27,7 +29,8 @@ at::Tensor part_of(const at::Tensor& slab, int64_t layer) {
 
 }  // namespace
 
-ParameterSlabs::ParameterSlabs(std::vector<LoraPair> pairs) : pairs_(std::move(pairs)) {
+ParameterSlabs::ParameterSlabs(std::vector<LoraPair> pairs, bool masters)
+    : pairs_(std::move(pairs)), masters_(masters) {
   adopt();
 }
 
@@ -38,13 +41,35 @@ void ParameterSlabs::adopt() {
     a.push_back(pair.a.detach());
     b.push_back(pair.b.detach());
   }
-  a_ = at::stack(a);
-  b_ = at::stack(b);
+  param_a_ = at::stack(a);
+  param_b_ = at::stack(b);
+  const bool narrow = param_a_.element_size() == 2;
+  a_ = masters_ && narrow ? param_a_.to(at::kFloat) : param_a_;
+  b_ = masters_ && narrow ? param_b_.to(at::kFloat) : param_b_;
   probe_a_ = at::full({a_.size(0), a_.size(1)}, kNever, a_.options());
   probe_b_ = at::full({b_.size(0), b_.size(2)}, kNever, b_.options());
   for (size_t l = 0; l < pairs_.size(); ++l) {
-    pairs_[l].a.set_data(part_of(a_, static_cast<int64_t>(l)));
-    pairs_[l].b.set_data(part_of(b_, static_cast<int64_t>(l)));
+    pairs_[l].a.set_data(part_of(param_a_, static_cast<int64_t>(l)));
+    pairs_[l].b.set_data(part_of(param_b_, static_cast<int64_t>(l)));
+  }
+}
+
+// A parameter that is not its master rounded was written by somebody else: a loaded checkpoint, a
+// hand that merges or clips.
+void ParameterSlabs::follow() const {
+  if (has_masters()) {
+    const NumericsGuard guard;
+    for (const auto& [master, param] : {std::pair(&a_, &param_a_), std::pair(&b_, &param_b_)}) {
+      master->copy_(at::where(*param == master->to(param->scalar_type()), *master,
+                              param->to(at::kFloat)));
+    }
+  }
+}
+
+void ParameterSlabs::publish() const {
+  if (has_masters()) {
+    param_a_.copy_(a_);
+    param_b_.copy_(b_);
   }
 }
 
@@ -96,7 +121,7 @@ bool ParameterSlabs::carried() const {
 
 bool ParameterSlabs::bind() {
   const LoraPair& first = pairs_.front();
-  if (first.a.device() != a_.device() || first.a.scalar_type() != a_.scalar_type()) {
+  if (first.a.device() != param_a_.device() || first.a.scalar_type() != param_a_.scalar_type()) {
     for (const LoraPair& pair : pairs_) {  // the whole model was cast or moved
       pair.validate();
       CTRLORA_CHECK(
@@ -110,9 +135,10 @@ bool ParameterSlabs::bind() {
     return true;
   }
   for (size_t l = 0; l < pairs_.size(); ++l) {
-    rebind(pairs_[l].a, a_, static_cast<int64_t>(l), pairs_[l].name);
-    rebind(pairs_[l].b, b_, static_cast<int64_t>(l), pairs_[l].name);
+    rebind(pairs_[l].a, param_a_, static_cast<int64_t>(l), pairs_[l].name);
+    rebind(pairs_[l].b, param_b_, static_cast<int64_t>(l), pairs_[l].name);
   }
+  follow();
   return false;
 }
 
