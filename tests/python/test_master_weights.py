@@ -33,11 +33,8 @@ def assert_rounded(model: Any, seen: dict[str, torch.Tensor]) -> None:
     for name, own_a in masters(seen).items():
         if name.endswith("_a"):
             own_b = seen[f"{name[:-1]}b"]
-            for own, params in zip(
-                (own_a, own_b),
-                zip(*slabs[*own_a.shape[1:], *own_b.shape[1:]], strict=True),
-                strict=True,
-            ):
+            pairs = slabs[(*own_a.shape[1:], *own_b.shape[1:])]
+            for own, params in zip((own_a, own_b), zip(*pairs, strict=True), strict=True):
                 assert own.dtype is torch.float32
                 assert torch.equal(own.to(params[0].dtype), torch.stack(params)), name
             found += len(own_a)
