@@ -34,17 +34,24 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each run per round, all of them in turn: load on the machine hits all alike.
 
-    On one thread CPU time of the whole process, which the machine's other work does not touch.
+    On one thread CPU time of the whole process, which the machine's other work does not touch. With
+    an accelerator as the default device wall clock, until it has done what it was given.
     `prepare` holds what must happen before a run and is not timed.
     """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    on_cpu = torch.get_default_device().type == "cpu"
+    own_time = on_cpu and torch.get_num_threads() == 1
+    clock = time.process_time if own_time else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warm_up + rounds):
         for name, run in runs.items():
             if prepare is not None and name in prepare:
                 prepare[name]()
+            if not on_cpu:
+                torch.accelerator.synchronize()
             start = clock()
             run()
+            if not on_cpu:
+                torch.accelerator.synchronize()
             if number >= warm_up:
                 seconds[name].append(clock() - start)
     return seconds
