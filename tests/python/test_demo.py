@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -226,7 +227,8 @@ def _check_results(folder: Path, adapter: Path, runs: int) -> None:
     content = json.loads((folder / "run.json").read_text())
     assert len(content["runs"]) >= runs
     assert content["runs"][-1]["optimizer"] == "CTROptimizer"
-    assert content["versions"]["torch"] == content["machine"]["torch"] == torch.__version__
+    assert content["versions"]["torch"] == version("torch")
+    assert content["machine"]["torch"] == torch.__version__  # with "+cu130" or the like
     assert content["settings"]["steps"] == 8
 
 
