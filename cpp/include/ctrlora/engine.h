@@ -48,8 +48,8 @@ class CTRLORA_API Engine {
   /// @throws c10::ValueError as check_budget and RankOptions::validate, or a second time.
   void schedule_ranks(const RankOptions& ranks);
   /// The ranks to start with, by utilities of every layer's directions (by name, in any order), as
-  /// an initialisation finds them, within the budget. Only after schedule_ranks and before the first
-  /// step.
+  /// an initialisation finds them, within the budget. Only after schedule_ranks and before the
+  /// first step.
   void allocate_ranks(const std::map<std::string, std::vector<double>>& utilities);
   /// Active directions of each pair by name. Synchronises.
   [[nodiscard]] std::map<std::string, int64_t> ranks() const;

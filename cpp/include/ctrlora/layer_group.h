@@ -61,7 +61,8 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   void drop_observations();
   /// @param exchange_every steps between two observations of a layer from now on.
   void set_processes(const std::shared_ptr<const Processes>& processes, int64_t exchange_every);
-  /// What several processes send when all layers are observed, and for their gradients on each step.
+  /// What several processes send when all layers are observed, and for their gradients on each
+  /// step.
   [[nodiscard]] Processes::Traffic traffic() const;
   /// Whether layers ask for observations on this step; off until turned on again or the next step.
   void observe_next(bool on);

@@ -90,8 +90,8 @@ struct CTRLORA_API Options {
   /// Whether to ascend instead of descend.
   bool maximize = false;
 
-  /// Whether steps on pairs of 16 bits are made on float32 copies, which are rounded into them. Off:
-  /// PEFT keeps adapters in float32 beside a 16-bit base. A step that is less than half of a
+  /// Whether steps on pairs of 16 bits are made on float32 copies, which are rounded into them.
+  /// Off: PEFT keeps adapters in float32 beside a 16-bit base. A step that is less than half of a
   /// parameter's last bit is lost without.
   bool master_weights = false;
 

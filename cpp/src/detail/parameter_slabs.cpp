@@ -60,8 +60,8 @@ void ParameterSlabs::follow() const {
   if (has_masters()) {
     const NumericsGuard guard;
     for (const auto& [master, param] : {std::pair(&a_, &param_a_), std::pair(&b_, &param_b_)}) {
-      master->copy_(at::where(*param == master->to(param->scalar_type()), *master,
-                              param->to(at::kFloat)));
+      master->copy_(
+          at::where(*param == master->to(param->scalar_type()), *master, param->to(at::kFloat)));
     }
   }
 }

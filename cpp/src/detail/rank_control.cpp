@@ -97,8 +97,7 @@ int64_t RankControl::phase_before(int64_t steps) const {
 // Parameters from which a descent comes down; the budget where ranks were allocated within it.
 int64_t RankControl::started_with() const {
   const int64_t* first = first_ranks_.const_data_ptr<int64_t>();
-  return std::max(options_.budget,
-                  used_parameters(layers_, {first, first + first_ranks_.numel()}));
+  return std::max(options_.budget, used_parameters(layers_, {first, first + first_ranks_.numel()}));
 }
 
 void RankControl::after_step(const Groups& groups, int64_t steps) {
