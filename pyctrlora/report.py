@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ def report(roster: Roster, metrics: dict[str, float], ranks: dict[str, int]) -> 
     Returns:
         "metrics"; "ranks" and "allocated": by layer; "parameters": those of the active directions;
         "curvature": by layer, the mean curvature c of M = c I that the adapter sees, from
-        Hutchinson's traces (NaN without) and from the factors: a cross-check;
+        Hutchinson's traces (None without) and from the factors: a cross-check;
         "budget": None without one; "events": one dict a layer and event (step, layer, from, to,
         utility); "history": {"steps": [...], "ranks": {layer: [...]}, "parameters": [...]} after
         the start and after each event; "training": {"steps": [...], name: [...]} of the steps that
@@ -54,7 +55,7 @@ def report(roster: Roster, metrics: dict[str, float], ranks: dict[str, int]) -> 
         "parameters": sum(cost[name] * rank for name, rank in ranks.items()),
         "budget": None if roster.rank_options is None else roster.rank_options.budget,
         "curvature": {
-            name: {"hutchinson": probed, "kfac": factors}
+            name: {"hutchinson": _known(probed), "kfac": _known(factors)}
             for name, (probed, factors) in engine.curvature().items()
         },
         "events": events,
@@ -74,3 +75,8 @@ def record(
     if loss is not None:
         row["loss"] = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
     roster.records.append(row)
+
+
+def _known(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

@@ -60,6 +60,15 @@ def test_the_command_compares_both_and_leaves_its_results(cache: Path, tmp_path:
     _check_results(tmp_path, tmp_path / "adapter.safetensors", runs=2)
 
 
+def test_a_budget_leaves_its_pictures_and_its_report(cache: Path, tmp_path: Path) -> None:
+    arguments = [*TINY, "--quick", "--budget", "0.5", "--cache", str(cache), "--out", str(tmp_path)]
+    main(arguments)
+    for name in ("loss", "training", "ranks", "budget"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG)
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert content["runs"][-1]["optimizer"] == "CTROptimizer"
+
+
 def test_sweep_on_own_text_reuses_the_cached_model(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

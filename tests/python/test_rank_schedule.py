@@ -95,7 +95,7 @@ def test_the_budget_holds_after_every_event(budgeted, batches, train, kind, star
         assert all(u <= a for u, a in zip(report["history"]["parameters"], allowed, strict=True))
         assert report["history"]["parameters"][0] == allocated
         assert len(seen) >= 3
-    json.dumps(report)
+    json.dumps(report, allow_nan=False)
     assert opt.metrics()["misses"] == 0
 
 
