@@ -124,7 +124,9 @@ Processes::Traffic LayerGroup::traffic() const {
     return {0, gradients};
   }
   const int64_t numbers = factors_.input.basis().numel() + factors_.output.basis().numel();
-  return {numbers * Processes::bytes_of_number(factors_.input.dtype()), gradients};
+  const auto bytes =
+      static_cast<int64_t>(c10::elementSize(Processes::sent_dtype(factors_.input.dtype())));
+  return {numbers * bytes, gradients};
 }
 
 void LayerGroup::drop_observations() {

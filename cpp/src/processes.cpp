@@ -16,17 +16,8 @@ void Processes::validate() const {
                 "expected a function all_reduce; got none. Remedy: one that calls the group's.");
 }
 
-namespace {
-
-// Half the traffic; its rounding, 2^-9 of each number, is far below the noise of sampled rows.
-at::ScalarType dtype_of_sent(at::ScalarType dtype) {
+at::ScalarType Processes::sent_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat ? at::kBFloat16 : dtype;
-}
-
-}  // namespace
-
-int64_t Processes::bytes_of_number(at::ScalarType dtype) {
-  return static_cast<int64_t>(c10::elementSize(dtype_of_sent(dtype)));
 }
 
 int64_t Processes::exchange_every(const Traffic& traffic) {
@@ -38,7 +29,7 @@ int64_t Processes::exchange_every(const Traffic& traffic) {
 CurvatureSketch Processes::sum(const CurvatureSketch& own, bool mean_loss) const {
   const at::Tensor flat = at::cat({own.input.product.flatten(), own.output.product.flatten()});
   const at::ScalarType dtype = flat.scalar_type();
-  const at::Tensor sent = flat.to(dtype_of_sent(dtype)).contiguous();
+  const at::Tensor sent = flat.to(sent_dtype(dtype)).contiguous();
   const at::Tensor claims = own.from_gradient.logical_not().to(at::kDouble);
   const at::Tensor numbers = at::stack({own.input.trace, own.input.weight, own.output.trace,
                                         own.output.weight, own.base_square, own.sequences, claims});

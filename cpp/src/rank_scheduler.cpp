@@ -14,7 +14,7 @@ namespace {
 constexpr const char* kWhere = "ctrlora::rank_scheduler";
 
 // Share of the events over which a descent comes down. Later ones take directions that have learnt
-// much from others that could have learnt it instead: over all events the demo's job ends 0.007
+// much from others that could have learnt it instead: over all events the demo's job ends 0.004
 // nats higher, and linearly over all 0.02 (cpp/README.md, section 12).
 constexpr double kDescent = 0.25;
 

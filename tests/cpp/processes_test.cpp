@@ -173,8 +173,8 @@ TEST_CASE("sketches are exchanged as often as keeps them at 1/24 of the gradient
   CHECK(Processes::exchange_every({101, 200}) == 13);  // never more than that share
   CHECK(Processes::exchange_every({1, 1000}) == 1);
   CHECK(Processes::exchange_every({0, 0}) == 1);
-  CHECK(Processes::bytes_of_number(at::kFloat) == 2);
-  CHECK(Processes::bytes_of_number(at::kDouble) == 8);
+  CHECK((Processes::sent_dtype(at::kFloat) == at::kBFloat16));
+  CHECK((Processes::sent_dtype(at::kDouble) == at::kDouble));
 }
 
 TEST_CASE("the schedule follows from sketch, rank and dtype, and is in the state") {

@@ -24,6 +24,7 @@ FOUND = torch.accelerator.current_accelerator() if torch.accelerator.is_availabl
 DEVICE = FOUND or torch.device("cpu")
 BENCH = Path(__file__).parents[2] / "bench" / "python" / "bench_step.py"
 
+# A machine without an accelerator has nothing to run these on; the summary names them (-rs).
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(FOUND is None, reason="no accelerator: streams were not run on a device"),
@@ -109,6 +110,7 @@ def test_refreshes_run_beside_the_backward(tmp_path):
     assert meet, "no kernel of the side stream ran while one of the caller's did"
 
 
+# torch has this switch for CUDA alone: elsewhere the test could not fail.
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="only CUDA tells of synchronisations")
 def test_a_step_never_makes_the_host_wait():
     model, opt, _ = wide()

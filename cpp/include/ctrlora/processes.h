@@ -32,8 +32,9 @@ struct CTRLORA_API Processes {
     int64_t gradients = 0;  ///< by DDP, on each step
   };
 
-  /// Bytes of one number of a sketch of this dtype, as `sum` sends it: half a float32.
-  static int64_t bytes_of_number(at::ScalarType dtype);
+  /// In which dtype products of sampled rows are sent: float32 as bfloat16, others as they are. Its
+  /// rounding, 2^-9 of each number, is far below the rows' noise.
+  static at::ScalarType sent_dtype(at::ScalarType dtype);
 
   /// Fewest steps between two exchanges with which sketches take at most 1/24 of the gradients'
   /// bytes: 4.2 %, so that with the first steps and what else is sent 5 % are not exceeded.

@@ -140,8 +140,7 @@ void GroupRanks::resume() {
 void GroupRanks::add_up(const at::Tensor& sums) {
   if (processes_ != nullptr) {
     const at::Tensor steps = steps_.to(sums.device());  // a device's collectives take its tensors
-    const at::ScalarType dtype = sums.scalar_type();    // as Processes::sum sends them
-    const at::Tensor sent = sums.to(dtype == at::kFloat ? at::kBFloat16 : dtype);
+    const at::Tensor sent = sums.to(Processes::sent_dtype(sums.scalar_type()));
     processes_->all_reduce({sent, steps});
     sums.copy_(sent);
     steps_.copy_(steps);
