@@ -18,7 +18,10 @@ void bind_pairs(py::module_& m) {
       .def("validate", wrapped(&LoraPair::validate));
 
   py::class_<Capture, std::shared_ptr<Capture>>(m, "Capture", "A forward waiting for its backward.")
-      .def("complete", wrapped(&Capture::complete), py::arg("output_grad"));
+      .def(
+          "complete",
+          [](Capture& capture, const at::Tensor& output_grad) { capture.complete(output_grad); },
+          py::arg("output_grad"), ReleaseGil());
   py::class_<ObservationSlot, std::shared_ptr<ObservationSlot>>(
       m, "ObservationSlot", "One layer's channel to the engine.")
       .def_property_readonly("wanted", &ObservationSlot::wanted)

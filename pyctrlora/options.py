@@ -55,7 +55,7 @@ class EngineOptions(TypedDict, total=False):
         gram_floor: relative floor of the rank-space Gram matrix, in (0, 1). Default 1e-4.
         kl_radius: radius of the global Fisher ball in nats per loss term, > 0. Default 0.005: it
             hardly matters at a good lr and bounds one that is too large.
-        rms_beta: EMA weight of the raw direction's squared length, in [0, 1). Default 0.9.
+        rms_beta: EMA weight of the raw direction's squared length, in [0, 1). Default 0.7.
         step_length: "rms" (default): steps shrink where gradients are noise; "radius": every step
             fills the output ball; "newton": to the minimum of the curvature model along the
             direction, at most as far as "radius"; natural with whitening 1; needs a mean loss.

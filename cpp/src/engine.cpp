@@ -218,6 +218,10 @@ void Engine::inform_of_processes(size_t first) {
       const Processes::Traffic own = group->traffic();
       all.sketches += own.sketches;
       all.gradients += own.gradients;
+      all.ranks += own.ranks;
+    }
+    if (rank_control_ != nullptr) {
+      all.ranks /= rank_control_->options().schedule.interval();
     }
     exchange_every_ = Processes::exchange_every(all);
   }

@@ -19,6 +19,10 @@ void Engine::schedule_ranks(const RankOptions& ranks) {
     group->schedule_ranks(ranks.candidates);
   }
   rank_control_->after_step(groups_, 0);
+  if (processes_ != nullptr) {  // what is sent for events leaves less to the factors
+    exchange_every_ = 0;
+    inform_of_processes(0);
+  }
 }
 
 void Engine::allocate_ranks(const std::map<std::string, std::vector<double>>& utilities) {

@@ -18,6 +18,10 @@ namespace {
 // eight steps, for an eighth of two products a step.
 constexpr int64_t kGramsEvery = 8;
 
+// Steps between two measurements of a layer's raw direction: a sixth of an observed step's passes,
+// for a mean whose memory hardly matters.
+constexpr int64_t kSizesEvery = 3;
+
 }  // namespace
 
 LayerGroup::Range LayerGroup::due(int64_t step, int64_t every) const {
@@ -30,19 +34,26 @@ LayerGroup::Range LayerGroup::observed() const {
   return age_ < options_.factor_warmup_steps ? Range{0, layers()} : due(age_, observe_every_);
 }
 
-// Layers whose raw direction is measured, and whose rows enter a rank sketch: neither is sent.
-LayerGroup::Range LayerGroup::measured() const {
+// Layers whose rows enter a rank sketch, which is not sent on each step.
+LayerGroup::Range LayerGroup::sketched() const {
   return age_ < options_.factor_warmup_steps ? Range{0, layers()}
                                              : due(age_, options_.factor_every);
+}
+
+// Layers whose raw direction is measured.
+LayerGroup::Range LayerGroup::measured() const {
+  return age_ < options_.factor_warmup_steps
+             ? Range{0, layers()}
+             : due(age_, std::max(options_.factor_every, kSizesEvery));
 }
 
 void LayerGroup::observe_next(bool on) {
   const bool sketching = ranks_ != nullptr && ranks_->phase() != detail::SketchPhase::kNone;
   const Range range = on ? observed() : Range{0, 0};
-  const Range sketched = on && sketching ? measured() : Range{0, 0};
+  const Range ranked = on && sketching ? sketched() : Range{0, 0};
   for (int64_t l = 0; l < layers(); ++l) {
     if (slots_[l] != nullptr) {
-      slots_[l]->set_wanted(range.has(l) || sketched.has(l));
+      slots_[l]->set_wanted(range.has(l) || ranked.has(l));
     }
   }
 }
@@ -120,13 +131,14 @@ void LayerGroup::set_processes(const std::shared_ptr<const Processes>& processes
 
 Processes::Traffic LayerGroup::traffic() const {
   const int64_t gradients = parameters_->parameter_bytes();
+  const int64_t ranks = ranks_ == nullptr ? 0 : ranks_->event_bytes();
   if (options_.curvature == "gradient") {
-    return {0, gradients};
+    return {0, gradients, ranks};
   }
   const int64_t numbers = factors_.input.basis().numel() + factors_.output.basis().numel();
   const auto bytes =
       static_cast<int64_t>(c10::elementSize(Processes::sent_dtype(factors_.input.dtype())));
-  return {numbers * bytes, gradients};
+  return {numbers * bytes, gradients, ranks};
 }
 
 void LayerGroup::drop_observations() {

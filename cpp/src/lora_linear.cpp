@@ -57,7 +57,8 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     const double scaling = ctx->saved_data["scaling"].toDouble();
     const auto capture = ctx->saved_data.find("capture");
     if (capture != ctx->saved_data.end()) {
-      static_cast<CaptureHolder*>(capture->second.toCapsule().get())->capture->complete(grads[0]);
+      static_cast<CaptureHolder*>(capture->second.toCapsule().get())
+          ->capture->complete(grads[0], saved[0]);
     }
     const detail::LoraGradients found = detail::lora_backward(
         grads[0], saved[0], weight, saved[2], saved[3], scaling,

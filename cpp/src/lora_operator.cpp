@@ -93,7 +93,7 @@ Gradients backward_kernel(const at::Tensor& grad,
                           bool transposed,
                           std::array<bool, 3> needed) {
   if (const std::shared_ptr<Capture> waiting = carried(capture)) {
-    waiting->complete(grad);
+    waiting->complete(grad, inputs);
   }
   detail::LoraGradients out =
       detail::lora_backward(grad, inputs, oriented(weight, transposed), a, b, scaling, needed);
@@ -206,7 +206,7 @@ struct LoraOperatorFunction : torch::autograd::Function<LoraOperatorFunction> {
     }
     if (at::GradMode::is_enabled()) {  // this backward is differentiated: by ATen's own operators
       if (const std::shared_ptr<Capture> waiting = carried(saved[4])) {
-        waiting->complete(grads[0]);
+        waiting->complete(grads[0], saved[0]);
       }
       const detail::LoraGradients found = detail::lora_backward(
           grads[0], saved[0], oriented(saved[1], transposed), saved[2], saved[3], scaling, needed);

@@ -49,20 +49,29 @@ at::Tensor RowSampler::sample(int64_t rows, int64_t micro_batch, at::Device devi
   return cached_;
 }
 
-at::Tensor RowSampler::rows_of(const at::Tensor& inputs,
-                               const at::Tensor& flat,
-                               const at::Tensor& rows) {
+std::shared_ptr<InputRows> RowSampler::rows_of(const at::Tensor& inputs, const at::Tensor& rows) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const bool same = last_.rows.defined() && !last_.source.expired() &&
+  const bool same = last_.rows != nullptr && !last_.source.expired() &&
                     last_.source._unsafe_get_target() == inputs.unsafeGetTensorImpl() &&
                     last_.version == inputs._version() && last_.index.is_same(rows);
   if (!same) {
     last_ = {WeakTensor(inputs.getIntrusivePtr()), inputs._version(), rows,
-             rows.defined()     ? flat.index_select(0, rows)
-             : keep_references_ ? flat
-                                : flat.clone()};
+             std::make_shared<InputRows>()};
   }
   return last_.rows;
+}
+
+at::Tensor RowSampler::fill(InputRows& place,
+                            const at::Tensor& flat,
+                            const at::Tensor& rows,
+                            bool saved) {
+  const std::scoped_lock lock(mutex_, place.mutex);
+  if (!place.values.defined() && flat.defined()) {
+    const bool reference = saved || keep_references_;
+    place.values = rows.defined() ? flat.index_select(0, rows) : reference ? flat : flat.clone();
+    place.version = place.values._version();
+  }
+  return place.values;
 }
 
 void RowSampler::stop_keeping_references() {
@@ -127,7 +136,8 @@ void ObservationSlot::connect(const Connection& connection) {
 }
 
 std::shared_ptr<Capture> ObservationSlot::capture(const at::Tensor& inputs,
-                                                  const at::Tensor& base_output) {
+                                                  const at::Tensor& base_output,
+                                                  bool saved) {
   std::shared_ptr<ObservationSink> sink;
   int64_t layer = -1;
   {
@@ -144,11 +154,13 @@ std::shared_ptr<Capture> ObservationSlot::capture(const at::Tensor& inputs,
   capture->slot_ = weak_from_this();
   capture->total_rows_ = flat.size(0);
   capture->rows_ = sink->sampler().sample(flat.size(0), sink->micro_batch(layer), inputs.device());
+  capture->inputs_ = sink->sampler().rows_of(inputs, capture->rows_);
+  if (!saved) {
+    (void)sink->sampler().fill(*capture->inputs_, flat, capture->rows_, /*saved=*/false);
+  }
   Observation& observation = capture->observation_;
-  observation.inputs = sink->sampler().rows_of(inputs, flat, capture->rows_);
-  capture->version_ = observation.inputs._version();
-  observation.row_weight =
-      static_cast<double>(flat.size(0)) / static_cast<double>(observation.inputs.size(0));
+  const int64_t taken = capture->rows_.defined() ? capture->rows_.size(0) : flat.size(0);
+  observation.row_weight = static_cast<double>(flat.size(0)) / static_cast<double>(taken);
   observation.sequences = inputs.dim() >= 3 ? flat.size(0) / inputs.size(-2) : flat.size(0);
   if (base_output.defined() && sink->wants_base_square() &&
       base_output.numel() / base_output.size(-1) == flat.size(0)) {
@@ -160,7 +172,7 @@ std::shared_ptr<Capture> ObservationSlot::capture(const at::Tensor& inputs,
   return capture;
 }
 
-void Capture::complete(const at::Tensor& output_grad) {
+void Capture::complete(const at::Tensor& output_grad, const at::Tensor& inputs) {
   const std::shared_ptr<ObservationSlot> slot = slot_.lock();
   if (done_ || slot == nullptr || !output_grad.defined() ||
       output_grad.numel() != total_rows_ * output_grad.size(-1)) {
@@ -177,13 +189,19 @@ void Capture::complete(const at::Tensor& output_grad) {
     sink = slot->sink_.lock();
     layer = slot->layer_;
   }
-  if (sink != nullptr && observation_.inputs._version() != version_) {
-    sink->sampler().stop_keeping_references();
-  } else if (sink != nullptr) {
-    sink->observe(layer, observation_);
-    slot->observations_.fetch_add(1);
+  if (sink != nullptr) {
+    const at::Tensor input =
+        inputs.defined() ? inputs.detach().reshape({-1, inputs.size(-1)}) : inputs;
+    observation_.inputs = sink->sampler().fill(*inputs_, input, rows_, /*saved=*/true);
+    if (observation_.inputs.defined() && observation_.inputs._version() != inputs_->version) {
+      sink->sampler().stop_keeping_references();
+    } else if (observation_.inputs.defined()) {
+      sink->observe(layer, observation_);
+      slot->observations_.fetch_add(1);
+    }
   }
   observation_ = {};
+  inputs_.reset();
   rows_.reset();
 }
 

@@ -23,7 +23,8 @@ at::ScalarType Processes::sent_dtype(at::ScalarType dtype) {
 int64_t Processes::exchange_every(const Traffic& traffic) {
   constexpr int64_t kShare = 24;
   const int64_t gradients = std::max<int64_t>(1, traffic.gradients);
-  return std::max<int64_t>(1, (kShare * traffic.sketches + gradients - 1) / gradients);
+  const int64_t left = std::max(gradients - kShare * traffic.ranks, (gradients + 1) / 2);
+  return std::max<int64_t>(1, (kShare * traffic.sketches + left - 1) / left);
 }
 
 CurvatureSketch Processes::sum(const CurvatureSketch& own, bool mean_loss) const {

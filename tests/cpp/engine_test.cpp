@@ -166,9 +166,15 @@ TEST_CASE("the number of operator calls does not grow with the number of layers"
   options.factor_every = 1000;  // nothing is due on the steps that count
   CHECK(calls_of_step(4, options, false) == calls_of_step(16, options, false));
   CHECK(calls_of_step(4, options, false) > 50);  // the count counts
-  options.factor_every = 1;                      // everything is due on every step
-  CHECK(calls_of_step(4, options, true) == calls_of_step(16, options, true));
-  CHECK(calls_of_step(4, options, false) == calls_of_step(16, options, false));
+  options.factor_every = 1;
+  options.step_length =
+      "radius";  // some layer's start lies outside the ball, however many there are
+  for (const int64_t warmup : {100, 2}) {  // everything is due; all but raw directions, in thirds
+    options.factor_warmup_steps = warmup;
+    CAPTURE(warmup);
+    CHECK(calls_of_step(6, options, true) == calls_of_step(30, options, true));
+    CHECK(calls_of_step(6, options, false) == calls_of_step(30, options, false));
+  }
 }
 
 TEST_CASE("a step of a 4096 x 4096 layer allocates nothing of its size") {

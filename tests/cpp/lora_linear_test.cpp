@@ -75,14 +75,15 @@ struct Sink : ctrlora::ObservationSink {
   void observe(int64_t, const ctrlora::Observation& observation) override {
     seen.push_back(observation);
   }
-  ctrlora::RowSampler rows{1024, 0};
+  explicit Sink(int64_t sample_rows) : rows(sample_rows, 0) {}
+  ctrlora::RowSampler rows;
   std::vector<ctrlora::Observation> seen;
 };
 
 struct Watched {
-  std::shared_ptr<Sink> sink = std::make_shared<Sink>();
+  std::shared_ptr<Sink> sink;
   std::shared_ptr<ctrlora::ObservationSlot> slot = std::make_shared<ctrlora::ObservationSlot>();
-  Watched() {
+  explicit Watched(int64_t sample_rows = 1024) : sink(std::make_shared<Sink>(sample_rows)) {
     slot->connect(sink, 0);
     slot->set_wanted(true);
   }
@@ -102,6 +103,31 @@ TEST_CASE("output and gradients equal base plus adapter, for inputs of any dimen
     expected.back() = kOut;
     CHECK(y.sizes() == at::IntArrayRef(expected));
     check_equal(y, plain(x, own), x, own, 1e-13);
+  }
+}
+
+TEST_CASE("inputs are sampled in the backward, once for the layers that share them") {
+  at::manual_seed(7);
+  const Layer own = Layer::random(at::kFloat, at::kFloat);
+  for (const bool autocast : {false, true}) {
+    CAPTURE(autocast);
+    const Watched q(4), k(4);
+    k.slot->connect(q.sink, 1);
+    const at::Tensor x = randn({2, 7, kIn}, at::kFloat).requires_grad_();
+    at::autocast::set_autocast_enabled(at::kCPU, autocast);
+    const auto run = [&](const Watched& watched) {
+      return lora_linear(x, own.weight, own.bias, own.a, own.b, kScaling, watched.slot, false);
+    };
+    const at::Tensor y = run(q) + run(k);
+    at::autocast::set_autocast_enabled(at::kCPU, false);
+    const at::Tensor index = q.sink->rows.sample(14, 0, at::kCPU);
+    // Each layer's own cast would tell nobody that x is shared: there the forward samples x itself.
+    CHECK(q.sink->rows.rows_of(x, index)->values.defined() == autocast);
+    (void)gradients(y, {own.a}, randn(y.sizes()).to(y.scalar_type()));
+    REQUIRE(q.sink->seen.size() == 2);
+    CHECK(problems::same_bits(q.sink->seen[0].inputs,
+                              x.detach().view({14, kIn}).index_select(0, index)));
+    CHECK(q.sink->seen[0].inputs.is_same(q.sink->seen[1].inputs));
   }
 }
 

@@ -286,6 +286,26 @@ TEST_CASE("layers that receive one tensor in turn share one copy of its rows") {
   }
 }
 
+TEST_CASE("inputs that come again with the gradient are sampled then, and never missed else") {
+  at::manual_seed(3);
+  for (const int64_t sample_rows : {4, 64}) {
+    Channel channel(sample_rows);
+    const at::Tensor x = randn({16, 3}), g = at::ones({16, 2});
+    const at::Tensor all = RowSampler(sample_rows, 7).sample(16, 0, at::kCPU);
+    const auto capture = channel.slot->capture(x, {}, /*saved=*/true);
+    CHECK_FALSE(channel.sink->rows.rows_of(x, channel.sink->rows.sample(16, 0, at::kCPU))
+                    ->values.defined());
+    capture->complete(g, x);
+    const Observation& seen = channel.sink->seen.at(0).second;
+    CHECK(same_bits(seen.inputs, all.defined() ? x.index_select(0, all) : x));
+    CHECK(seen.row_weight == (all.defined() ? 4.0 : 1.0));
+    channel.sink->rows.set_step(1);
+    channel.slot->capture(x, {}, /*saved=*/true)->complete(g);  // they did not come
+    CHECK(channel.sink->seen.size() == 1);
+    CHECK(channel.slot->observations() == 1);
+  }
+}
+
 TEST_CASE("the registry's slot is the one that an engine finds") {
   const ctrlora::LoraPair pair = problems::make_pair(4, 3, 2);
   const auto slot = ctrlora::register_pair(pair);

@@ -91,7 +91,7 @@ TEST_CASE("the defaults are those of the documentation and are valid") {
   CHECK_FALSE(options.maximize);
   CHECK_FALSE(options.master_weights);
   CHECK(options.kl_radius == 0.005);
-  CHECK(options.rms_beta == 0.9);
+  CHECK(options.rms_beta == 0.7);
   CHECK(options.step_length == "rms");
   CHECK(options.curvature_decay == 0.0);
   CHECK(options.ratio_every == 0);

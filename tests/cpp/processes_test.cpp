@@ -173,6 +173,8 @@ TEST_CASE("sketches are exchanged as often as keeps them at 1/24 of the gradient
   CHECK(Processes::exchange_every({101, 200}) == 13);  // never more than that share
   CHECK(Processes::exchange_every({1, 1000}) == 1);
   CHECK(Processes::exchange_every({0, 0}) == 1);
+  CHECK(Processes::exchange_every({100, 200, 2}) == 16);  // 48 / 200 of what there is are taken
+  CHECK(Processes::exchange_every({100, 200, 100}) == 24);
   CHECK((Processes::sent_dtype(at::kFloat) == at::kBFloat16));
   CHECK((Processes::sent_dtype(at::kDouble) == at::kDouble));
 }
@@ -194,4 +196,31 @@ TEST_CASE("the schedule follows from sketch, rank and dtype, and is in the state
   CHECK(every(0, 2, at::kDouble) == 24);
   CHECK(every(0, 2, at::kBFloat16) == 24);
   CHECK(every(7, 2, at::kFloat) == 7);
+}
+
+TEST_CASE("sketches for rank events leave less to the factors, whichever is set first") {
+  const auto nothing = [](const std::vector<at::Tensor>&) {};
+  const auto every = [&](int64_t total_steps, bool processes_first) {
+    Options options;
+    options.sketch_rank = Model::kRank;
+    Model model(3, options, true, at::kFloat);
+    ctrlora::RankOptions ranks;
+    ranks.budget = 3 * (Model::kIn + Model::kOut);
+    ranks.schedule.total_steps = total_steps;
+    ranks.candidates = 1;
+    if (processes_first) {
+      model.engine.set_processes({nothing, 0, 2});
+    }
+    model.engine.schedule_ranks(ranks);
+    if (!processes_first) {
+      model.engine.set_processes({nothing, 0, 2});
+    }
+    return problems::copy_of(model.engine).at("observe_every").item<int64_t>();
+  };
+  for (const bool processes_first : {false, true}) {
+    CHECK(every(1000, processes_first) > 12);
+    CHECK(every(1000, processes_first) < 24);
+    CHECK(every(100, processes_first) == 24);
+    CHECK(every(1000000, processes_first) == 12);
+  }
 }

@@ -167,3 +167,51 @@ def test_another_torch_is_named_by_cmake(tmp_path):
     assert done.returncode != 0
     message = " ".join(done.stderr.split())
     assert "found 2.99. Remedy: rebuild ctrlora with that torch" in message
+
+
+def test_beside_a_cuda_torch_no_toolkit_is_asked_for(tmp_path):
+    """torch's own package would ask for a CUDA toolkit; here its stand-in fails when it is read.
+
+    The neighbour is the real torch with an empty libtorch_cuda.so, which a program must load
+    although it calls nothing in it: kernels register themselves.
+    """
+    real = Path(pyctrlora.cmake_prefix_path).parents[1]
+    package = tmp_path / "site" / real.name
+    shutil.copytree(real / "share", package / "share")
+    libraries = tmp_path / "site" / "torch" / "lib"
+    libraries.mkdir(parents=True)
+    cuda = libraries / "libtorch_cuda.so"
+    subprocess.run(["c++", "-shared", "-x", "c++", os.devnull, "-o", cuda], check=True)
+    for folder, source in (package, real), (libraries, Path(torch.__file__).parent / "lib"):
+        for library in source.glob("lib*.so*"):
+            if library.name != cuda.name:
+                (folder / library.name).symlink_to(library)
+    (package / "include").symlink_to(real / "include")
+    (libraries.parent / "include").symlink_to(Path(torch.__file__).parent / "include")
+    torchs = libraries.parent / "share" / "cmake" / "Torch"
+    torchs.mkdir(parents=True)
+    (torchs / "TorchConfig.cmake").write_text('message(FATAL_ERROR "no CUDA toolkit")\n')
+    version = torch.__version__.split("+")[0]
+    (torchs / "TorchConfigVersion.cmake").write_text(f'set(PACKAGE_VERSION "{version}")\n')
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24...4.4)\nproject(beside LANGUAGES CXX)\n"
+        "find_package(ctrlora REQUIRED)\nadd_executable(beside main.cpp)\n"
+        "target_link_libraries(beside PRIVATE ctrlora::ctrlora)\n"
+    )
+    (project / "main.cpp").write_text(
+        '#include "ctrlora/engine.h"\n'
+        "int main() { return static_cast<int>(ctrlora::Engine(ctrlora::Options{}).ranks().size()); }\n"
+    )
+    build = tmp_path / "build"
+    prefix = f"-DCMAKE_PREFIX_PATH={package / 'share' / 'cmake'}"
+    for command in (
+        ["cmake", "-S", str(project), "-B", str(build), "-DCMAKE_BUILD_TYPE=Debug", prefix],
+        ["cmake", "--build", str(build)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    loaded = subprocess.run(["ldd", build / "beside"], capture_output=True, text=True, check=True)
+    assert str(cuda) in loaded.stdout
+    subprocess.run([build / "beside"], check=True)

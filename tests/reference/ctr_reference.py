@@ -32,7 +32,7 @@ class Settings:
     beta1: float = 0.6
     gram_floor: float = 1e-4
     kl_radius: float = 0.005
-    rms_beta: float = 0.9
+    rms_beta: float = 0.7
     step_length: str = "rms"
     balance_every: int = 100
     maximize: bool = False
@@ -221,12 +221,18 @@ class Reference:
         self.layers, self.settings, self.kl, self.phi = layers, settings, 0.0, 1.0
 
     def wanted(self, layer: Layer) -> bool:
-        """§2 Schedule: all at first, then a contiguous third of the layers of one shape a step."""
+        """§2 Schedule: all at first, then a contiguous part of the layers of one shape a step."""
+        return self._due(layer, self.settings.factor_every)
+
+    def measured(self, layer: Layer) -> bool:
+        """The same for the raw direction: every third step at most."""
+        return self._due(layer, max(3, self.settings.factor_every))
+
+    def _due(self, layer: Layer, every: int) -> bool:
         kind = layer.group, layer.a.shape, layer.b.shape
         peers = [i for i in self.layers if (i.group, i.a.shape, i.b.shape) == kind]
-        third = peers.index(layer) * self.settings.factor_every // len(peers)
-        start = layer.age < self.settings.factor_warmup_steps
-        return start or layer.age % self.settings.factor_every == third
+        part = peers.index(layer) * every // len(peers)
+        return layer.age < self.settings.factor_warmup_steps or layer.age % every == part
 
     def observe(self, layer: Layer, x: Tensor, g: Tensor, base_output: Tensor | None) -> None:
         """One backward's rows: x (..., n), g and base_output (..., m) with any leading shape."""
@@ -271,7 +277,7 @@ class Reference:
         m_a, m_b = (m / (1 - o.beta1**layer.updates) for m in (layer.momentum_a, layer.momentum_b))
         d_a, d_b = direction(layer, m_a, m_b, o)
         layer.predicted = -float((m_a * d_a).sum() + (m_b * d_b).sum())
-        if self.wanted(layer):
+        if self.measured(layer):
             raw = quartic(layer, *direction(layer, g_a, g_b, o), eye, omega)
             # Right after a restart of the factors the mean is in another metric's units.
             known = layer.rms_mean(o) if layer.input_factor.seen > 1 else 0.0

@@ -61,8 +61,8 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   void drop_observations();
   /// @param exchange_every steps between two observations of a layer from now on.
   void set_processes(const std::shared_ptr<const Processes>& processes, int64_t exchange_every);
-  /// What several processes send when all layers are observed, and for their gradients on each
-  /// step.
+  /// What several processes send when all layers are observed, for their gradients on each step,
+  /// and (ranks) for one rank event.
   [[nodiscard]] Processes::Traffic traffic() const;
   /// Whether layers ask for observations on this step; off until turned on again or the next step.
   void observe_next(bool on);
@@ -135,6 +135,7 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   };
   [[nodiscard]] Range due(int64_t step, int64_t every) const;
   [[nodiscard]] Range observed() const;
+  [[nodiscard]] Range sketched() const;
   [[nodiscard]] Range measured() const;
   [[nodiscard]] std::pair<at::Tensor, at::Tensor> raw_gradients(Range range) const;
   [[nodiscard]] Measurement measurement(Range range,

@@ -3,9 +3,10 @@
 // Flow: the layer's forward asks `slot.wanted()`; if so, `slot.capture(x, base_output)` samples
 // rows at once (no reference to x is kept, so checkpointing keeps its memory saving); the
 // gradient's hook calls `capture.complete(g)`, which samples the same rows of g and hands both to
-// the sink. A capture whose backward never comes is dropped with its graph. Counted once per
-// backward in both modes of activation checkpointing: only one of the two forwards is ever
-// completed.
+// the sink. A layer that is an autograd node of its own has x again in its backward and samples it
+// there: between the two nothing but row numbers is kept. A capture whose backward never comes is
+// dropped with its graph. Counted once per backward in both modes of activation checkpointing: only
+// one of the two forwards is ever completed.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,6 +29,14 @@ struct CTRLORA_API Observation {
   int64_t sequences = 0;    ///< sequences in the batch (leading dimension of 3-d inputs, else rows)
 };
 
+/// Sampled rows of one input tensor, for all layers that receive it in turn (q/k/v, gate/up): by
+/// their identity sketches are shared. Empty until the first of them has the input at hand.
+struct CTRLORA_API InputRows {
+  std::mutex mutex;
+  at::Tensor values;    ///< (R, n)
+  int64_t version = 0;  ///< of `values` when they were taken
+};
+
 /// Draws rows without state of its own but (seed, step): stratified, row floor((i + u_i) N / R).
 /// Source of randomness: Philox4x32-10 (Salmon et al. 2011), counter-based, so that a resumed run
 /// draws the same rows. Thread-safe.
@@ -46,9 +55,12 @@ class CTRLORA_API RowSampler {
   /// `rows` rows are taken.
   at::Tensor sample(int64_t rows, int64_t micro_batch, at::Device device);
 
-  /// A copy of those rows of `flat`, which is `inputs` as (N, n). Layers that receive one tensor in
-  /// turn (q/k/v, gate/up) get one copy, by whose identity their sketches are shared.
-  at::Tensor rows_of(const at::Tensor& inputs, const at::Tensor& flat, const at::Tensor& rows);
+  /// Where to put those rows of `inputs`: one place for layers that receive one tensor in turn.
+  std::shared_ptr<InputRows> rows_of(const at::Tensor& inputs, const at::Tensor& rows);
+
+  /// Copies rows of `flat` (N, n), if it is defined, to where there are none yet; what is there
+  /// then. @param saved whether autograd keeps `flat` as long as needed: all rows by reference.
+  at::Tensor fill(InputRows& place, const at::Tensor& flat, const at::Tensor& rows, bool saved);
 
   /// An input was overwritten before its backward: from now on copies.
   void stop_keeping_references();
@@ -58,7 +70,8 @@ class CTRLORA_API RowSampler {
   struct LastRows {
     WeakTensor source{c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>()};
     int64_t version = 0;
-    at::Tensor index, rows;
+    at::Tensor index;
+    std::shared_ptr<InputRows> rows;
   };
   std::mutex mutex_;
   int64_t sample_rows_;
@@ -119,7 +132,10 @@ class CTRLORA_API ObservationSlot : public std::enable_shared_from_this<Observat
 
   /// Samples rows of `inputs` (..., n) and, if defined, of `base_output` (..., m), the frozen base
   /// layer's output. Null when nothing listens or there is no row.
-  std::shared_ptr<Capture> capture(const at::Tensor& inputs, const at::Tensor& base_output);
+  /// @param saved whether `inputs` are handed to Capture::complete: they are sampled there.
+  std::shared_ptr<Capture> capture(const at::Tensor& inputs,
+                                   const at::Tensor& base_output,
+                                   bool saved = false);
 
   /// A number of its own, from 1 on, by which graphs of compilers name it.
   [[nodiscard]] int64_t handle() const { return handle_; }
@@ -145,15 +161,16 @@ class CTRLORA_API Capture {
   /// Delivers the observation; `output_grad` (..., m) is the gradient of the layer's output. Never
   /// modifies it. A second call, or one whose row count differs, is ignored, and so is an input
   /// that was overwritten meanwhile.
-  void complete(const at::Tensor& output_grad);
+  /// @param inputs (..., n) as in the forward, where that was promised to capture(); else ignored.
+  void complete(const at::Tensor& output_grad, const at::Tensor& inputs = {});
 
  private:
   friend class ObservationSlot;
   std::weak_ptr<ObservationSlot> slot_;
   Observation observation_;
   at::Tensor rows_;  // sampled row numbers; undefined: all
+  std::shared_ptr<InputRows> inputs_;
   int64_t total_rows_ = 0;
-  int64_t version_ = 0;
   bool done_ = false;
 };
 

@@ -101,8 +101,9 @@ struct CTRLORA_API Options {
   /// switches it off. At a good learning rate it hardly matters [M]; it bounds a too large one.
   double kl_radius = 0.005;
 
-  /// EMA weight of the raw direction's squared length, in [0, 1). Hardly matters [M].
-  double rms_beta = 0.9;
+  /// EMA weight of the raw direction's squared length, measured every third step, in [0, 1). 0.7
+  /// forgets within some ten steps; hardly matters [M].
+  double rms_beta = 0.7;
 
   /// "rms": length relative to the raw direction's RMS, shrinks where gradients are noise [M];
   /// "radius": every step fills the ball; "newton": to the minimum of the K-FAC model along the

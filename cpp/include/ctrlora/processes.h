@@ -30,14 +30,16 @@ struct CTRLORA_API Processes {
   struct Traffic {
     int64_t sketches = 0;   ///< by `sum`, for all layers once
     int64_t gradients = 0;  ///< by DDP, on each step
+    int64_t ranks = 0;      ///< by sketches for rank events, on the average step between two
   };
 
   /// In which dtype products of sampled rows are sent: float32 as bfloat16, others as they are. Its
   /// rounding, 2^-9 of each number, is far below the rows' noise.
   static at::ScalarType sent_dtype(at::ScalarType dtype);
 
-  /// Fewest steps between two exchanges with which sketches take at most 1/24 of the gradients'
-  /// bytes: 4.2 %, so that with the first steps and what else is sent 5 % are not exceeded.
+  /// Fewest steps between two exchanges with which both kinds of sketches take at most 1/24 of the
+  /// gradients' bytes: 4.2 %, so that with the first steps 5 % are not exceeded. Sketches for rank
+  /// events that take more than half of it (a training of few steps) leave the other half.
   static int64_t exchange_every(const Traffic& traffic);
 
   /// The sums of all processes, by one call with two tensors. A layer keeps its gradient

@@ -136,6 +136,11 @@ void GroupRanks::resume() {
   }
 }
 
+int64_t GroupRanks::event_bytes() const {
+  return (sum_b_.numel() + sum_a_.numel()) *
+         static_cast<int64_t>(c10::elementSize(Processes::sent_dtype(sum_b_.scalar_type())));
+}
+
 // A mean over steps and processes: with a mean loss in each, the gradient of DDP's loss.
 void GroupRanks::add_up(const at::Tensor& sums) {
   if (processes_ != nullptr) {

@@ -55,6 +55,8 @@ class GroupRanks {
   [[nodiscard]] int64_t micro_batch(int64_t layer) const;
   /// From now on a phase ends with the sums of all processes.
   void set_processes(std::shared_ptr<const Processes> processes);
+  /// Bytes that a process sends for one event.
+  [[nodiscard]] int64_t event_bytes() const;
   /// After named_tensors() were loaded: sums of another process are forgotten here, since that one
   /// will send them.
   void resume();

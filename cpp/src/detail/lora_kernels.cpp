@@ -25,7 +25,7 @@ LoraOutput lora_forward(const at::Tensor& inputs,
       weight.defined() ? at::linear(x, weight, base_or_bias) : as_rows(*base_or_bias).clone();
   LoraOutput out;
   if (slot != nullptr && slot->wanted()) {
-    out.capture = slot->capture(source, y);
+    out.capture = slot->capture(source, y, /*saved=*/source.is_same(inputs));
   }
   const at::Tensor z = at::mm(x, a_cast.t());
   if (y.scalar_type() == dtype) {
