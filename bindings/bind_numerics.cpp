@@ -24,7 +24,12 @@ void bind_low_rank_eigen(py::module_& m) {
       .def_property_readonly("trace", &LowRankEigen::trace)
       .def("start_basis", wrapped(&LowRankEigen::start_basis), py::arg("rows"), py::arg("where"),
            py::arg("seed"))
-      .def("sketch", wrapped(&LowRankEigen::sketch), py::arg("rows"), py::arg("row_weights"))
+      .def(
+          "sketch",
+          [](const LowRankEigen& factor, const at::Tensor& rows, const at::Tensor& row_weights) {
+            return factor.sketch(rows, row_weights);
+          },
+          py::arg("rows"), py::arg("row_weights"), ReleaseGil())
       .def("update", wrapped(&LowRankEigen::update), py::arg("sketch"), py::arg("keep"),
            py::arg("scale"))
       .def("tail", wrapped(&LowRankEigen::tail))

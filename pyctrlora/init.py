@@ -15,6 +15,7 @@ import torch
 from pyctrlora import _C, init_cache
 from pyctrlora.attach import Attachment, attach
 from pyctrlora.init_report import InitReport, layer_reports
+from pyctrlora.observer import bases_alone
 from pyctrlora.shift import plain_bases
 
 if TYPE_CHECKING:
@@ -137,7 +138,8 @@ class _Job:
                 statistics.load(init_cache.load(self.cache, described))
             else:
                 _announce(statistics, len(self.pairs), self.progress)
-                with _undisturbed(self.model, self.pairs):
+                halves = [pair.a for pair in self.pairs]
+                with _undisturbed(self.model, self.pairs), bases_alone(self.model, halves):
                     self._calibrate(statistics, train_step)
             layers = statistics.finish()
             if self.cache is not None and not read:

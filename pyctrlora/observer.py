@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pyctrlora.traced import is_compiled
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from pyctrlora import _C
 
 _ATTRIBUTE = "_ctrlora_observer"  # where a LoRA layer keeps its observer
@@ -36,6 +39,7 @@ class LayerObserver:
         self.numbers: dict[str, int] = {}  # their handles, for compiled code
         self.first: dict[str, weakref.ref[Tensor]] = {}
         self.captures: list[_C.Capture] = []
+        self.bypassed: frozenset[str] = frozenset()  # adapters whose base runs alone
         self.layer = weakref.ref(layer)
         base: nn.Module = layer.base_layer  # type: ignore[assignment]
         self.handles = [
@@ -86,7 +90,7 @@ class LayerObserver:
             return
         active = getattr(layer, "active_adapters", wanted)
         for name in wanted:
-            if name in active:
+            if name in active or name in self.bypassed:
                 capture = self.slots[name].capture(args[0], output)
                 if capture is not None:
                     self.captures.append(capture)
@@ -121,20 +125,28 @@ class LayerObserver:
 
     def see_output(
         self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    ) -> Tensor | None:
         """After the LoRA layer: waits for the gradient of its output."""
         if is_compiled() and hasattr(layer, "fuses") and layer.fuses(*args, **kwargs):
-            return  # the operator observes by itself
-        self._wait(kwargs, output)
+            return None  # the operator observes by itself
+        return self._wait(kwargs, output)
 
     @_disable_dynamo
-    def _wait(self, kwargs: dict[str, Any], output: Any) -> None:
+    def _wait(self, kwargs: dict[str, Any], output: Any) -> Tensor | None:
         captures, self.captures = self.captures, []
         # With adapter_names each adapter sees only some of the rows.
         mixed = bool(captures) and kwargs.get("adapter_names") is not None
-        if captures and not mixed and isinstance(output, Tensor) and output.requires_grad:
+        if not captures or mixed or not isinstance(output, Tensor):
+            return None
+        anchored = None
+        if self.bypassed and not output.requires_grad:
+            # No adapter, so nothing before asks for a gradient. A sum, not requires_grad_(): the
+            # model may write to it, which leaves forbid.
+            anchored = output = output + output.new_zeros((), requires_grad=True)
+        if output.requires_grad:
             for capture in captures:
                 output.register_hook(capture.complete)  # type: ignore[no-untyped-call]
+        return anchored
 
     def __getstate__(self) -> dict[str, Any]:
         """The hooks only."""
@@ -146,6 +158,7 @@ class LayerObserver:
         self.numbers = {}
         self.first = {}
         self.captures = []
+        self.bypassed = frozenset()
         self.layer = weakref.ref(nn.Module())  # dead
         self.handles = state["handles"]
         self.base_hook = self.handles[0].id
@@ -157,3 +170,30 @@ def observer_of(layer: nn.Module) -> LayerObserver | None:
         return getattr(layer, _ATTRIBUTE, None)
     observer: LayerObserver | None = layer.__dict__.get(_ATTRIBUTE)
     return observer
+
+
+@contextmanager
+def bases_alone(model: nn.Module, first_halves: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, PEFT's layers of these adapters run without them, observed as ever.
+
+    For adapters that add nothing (B = 0): the same numbers, without their passes over activations.
+    """
+    wanted = {id(a) for a in first_halves}
+    before: list[tuple[Any, LayerObserver, Any]] = []
+    try:
+        for layer in model.modules():
+            observer = observer_of(layer)
+            active = getattr(layer, "_active_adapter", None)
+            if observer is None or active is None:
+                continue
+            names = [active] if isinstance(active, str) else list(active)
+            halves = {name: a() for name, a in observer.first.items()}
+            own = {name for name in names if id(halves.get(name)) in wanted}
+            before.append((layer, observer, active))
+            layer._active_adapter = [name for name in names if name not in own]
+            observer.bypassed = frozenset(own)
+        yield
+    finally:
+        for layer, observer, active in before:
+            layer._active_adapter = active
+            observer.bypassed = frozenset()

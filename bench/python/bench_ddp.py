@@ -1,10 +1,14 @@
 """What CTROptimizer sends under DDP, against DDP's own gradients: bytes and calls per step.
 
-python bench/python/bench_ddp.py   (about 6 min; writes bench/results/ddp.json)
+python bench/python/bench_ddp.py   (about 7 min; writes bench/results/ddp.json)
 
 Two processes over gloo. Bytes are those handed to all_reduce by one process; a ring moves
 2 (P - 1) / P times as many through each one, ours and DDP's alike, so the share does not depend on
 P. Neither does it depend on the layers' width: both are proportional to it.
+
+"refreshes": what there is to divide between processes. In one process, 56 pairs of a 7B model's
+shapes, r = k = 16, one thread: time of a `step()` in which a twelfth of the layers is refreshed,
+the schedule of several processes, over one in which none is.
 """
 
 # No postponed annotations: DDP reads those of the hook.
@@ -17,7 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import record
+from common import interleaved, ratios, record
+from jobs import SHAPES, observing
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -106,11 +111,24 @@ def measure(case: dict[str, Any], count: int) -> dict[str, Any]:
     return found
 
 
+def refreshes(rounds: int) -> dict[str, float]:
+    """`step()` with a twelfth of the layers refreshed over one without."""
+    torch.set_num_threads(1)
+    runs, prepare = {}, {}
+    for name, every in (("twelfths", 12), ("none", 10**6)):
+        optimizer, prepare[name] = observing(SHAPES, factor_every=every)
+        runs[name] = optimizer.step
+    found = ratios(interleaved(runs, rounds, prepare=prepare), "twelfths", "none")
+    print(f"a step with a twelfth of the refreshes: {found['median']:.2f} of one without")
+    return found
+
+
 def main() -> None:
     """Measures each case and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=36)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     cases = [(8, False), (16, False), (16, True), (32, False), (64, False)]
@@ -119,7 +137,8 @@ def main() -> None:
         for rank, budget in cases
     ]
     model = {"width": WIDTH, "layers": LAYERS, "processes": args.processes}
-    record("ddp", {"model": model, "target": TARGET, "runs": runs}, args.out)
+    found = {"model": model, "target": TARGET, "runs": runs, "refreshes": refreshes(args.rounds)}
+    record("ddp", found, args.out)
 
 
 if __name__ == "__main__":

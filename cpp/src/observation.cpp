@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "detail/philox.h"
+#include "detail/tall_skinny.h"
 #include "detail/tensor_math.h"
 
 namespace ctrlora {
@@ -164,10 +165,9 @@ std::shared_ptr<Capture> ObservationSlot::capture(const at::Tensor& inputs,
   observation.sequences = inputs.dim() >= 3 ? flat.size(0) / inputs.size(-2) : flat.size(0);
   if (base_output.defined() && sink->wants_base_square() &&
       base_output.numel() / base_output.size(-1) == flat.size(0)) {
-    at::Tensor base = base_output.detach().reshape({flat.size(0), -1});
-    base = capture->rows_.defined() ? base.index_select(0, capture->rows_) : base;
-    observation.base_square =
-        base.to(at::promoteTypes(base.scalar_type(), at::kFloat)).square().sum(-1);
+    const at::Tensor base = base_output.detach().reshape({flat.size(0), -1});
+    observation.base_square = capture->rows_.defined() ? detail::row_squares(base, capture->rows_)
+                                                       : detail::row_squares(base);
   }
   return capture;
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -243,3 +245,67 @@ def test_memory_is_told_once_and_a_bar_shown(net, steps, capsys, caplog):
     assert error.count("MiB of statistics for 3 layers") == 1
     assert "8/8" in error
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_peft_adapters_do_not_run_while_they_add_nothing(fails, net, steps):
+    model = net("peft")
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    active = [layer.active_adapter for layer in layers]
+    calls: list[str] = []
+    for layer in layers:
+        layer.lora_A["default"].register_forward_hook(lambda *_: calls.append("A"))
+    step = steps(model)
+
+    def train_step() -> None:
+        assert all(layer.active_adapters == [] for layer in layers)
+        step()
+        if fails:
+            raise RuntimeError("lost")
+
+    with pytest.raises(RuntimeError, match="lost") if fails else nullcontext():
+        assert all(layer.kept for layer in run(model, train_step).layers)
+    assert calls == []
+    assert [layer.active_adapter for layer in layers] == active
+    step()
+    assert len(calls) == len(layers)
+
+
+def test_another_active_adapter_stays_part_of_the_model(net, steps):
+    """Only the adapter that is initialised is left out; the other one's outputs count."""
+    trained = []
+    for other in (False, True):
+        model = net("peft")
+        layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+        if other:
+            model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["first", "second"]))
+            model.base_model.set_adapter(["default", "other"])
+            model.double()
+            for layer in layers[:2]:
+                layer.lora_B["other"].weight.detach().fill_(0.5)
+        run(model, steps(model), adapter_name="default")
+        trained.append(layers[1].lora_A["default"].weight.detach().clone())
+    assert not torch.allclose(*trained)
+
+
+def test_a_model_may_write_to_the_first_layers_output(steps):
+    """Nothing before it asks for a gradient while its adapter does not run."""
+
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(6, 5, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(x).mul_(2.0)
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Writing(), peft.LoraConfig(r=2, target_modules=["proj"]))
+    model.double()
+
+    def train_step() -> None:
+        x = torch.randn(16, 6, dtype=torch.float64)
+        (model(x) - x[:, :5]).square().mean().backward()
+
+    (layer,) = run(model, train_step).layers
+    assert layer.kept > 0

@@ -70,7 +70,10 @@ class CTRLORA_API LowRankEigen {
   void start_basis(const at::Tensor& rows, const at::Tensor& where, uint64_t seed);
 
   /// Sketch of `rows` (L, R, d) with row weights (L, R) (0 = leave out) in the present basis.
-  [[nodiscard]] FactorSketch sketch(const at::Tensor& rows, const at::Tensor& row_weights) const;
+  /// @param squares (L, R) float64 of the rows' norms, if they are known already.
+  [[nodiscard]] FactorSketch sketch(const at::Tensor& rows,
+                                    const at::Tensor& row_weights,
+                                    const at::Tensor& squares = {}) const;
 
   /// F <- keep F + (1 - keep) scale E[x x^T] from the sketch, basis refreshed by one warm Nystrom
   /// power iteration. Layers with keep = 1, no weight, or non-finite sums stay bit for bit.

@@ -24,7 +24,7 @@ namespace ctrlora {
 struct CTRLORA_API Observation {
   at::Tensor inputs;        ///< (R, n) sampled rows x, any float dtype
   at::Tensor output_grads;  ///< (R, m) the same rows of g = dloss/dy
-  at::Tensor base_square;   ///< (R) |W0 x|^2 per row; undefined if unknown
+  at::Tensor base_square;   ///< (R) float64 |W0 x|^2 per row; undefined if unknown
   double row_weight = 1.;   ///< N / R: rows that each sampled row stands for
   int64_t sequences = 0;    ///< sequences in the batch (leading dimension of 3-d inputs, else rows)
 };

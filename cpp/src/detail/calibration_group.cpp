@@ -2,7 +2,6 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
@@ -12,9 +11,9 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
-#include <limits>
 
 #include "detail/check.h"
+#include "detail/tall_skinny.h"
 #include "detail/tensor_math.h"
 
 namespace ctrlora::detail {
@@ -116,8 +115,7 @@ void CalibrationGroup::observe(int64_t layer, const Observation& observation) {
 void CalibrationGroup::add_to_sketch(int64_t layer, const Observation& observation) {
   const at::ScalarType dtype = factors_.input.basis().scalar_type();
   at::Tensor grads = observation.output_grads.to(dtype);
-  const at::Tensor counts =
-      at::linalg_vector_norm(grads, std::numeric_limits<double>::infinity(), {-1}).ne(0);
+  const at::Tensor counts = row_squares(grads).ne(0);  // true for NaN, too: noticed at the end
   rows_[layer].add_(counts.sum());
   const int64_t share_set = pending_.share_set(layer);
   const bool shared = last_.source.defined() && last_.source.is_same(observation.inputs) &&

@@ -2,12 +2,13 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+
+#include <limits>
 
 #include "detail/philox.h"
 #include "detail/tall_skinny.h"
@@ -55,14 +56,16 @@ FactorSketch select_sketch(const at::Tensor& mask,
 
 // Rows that hold a non-finite number, or overflow, become zero.
 PendingObservations::Rows finite_rows(const at::Tensor& values) {
-  const at::Tensor squares = row_squares(values).unsqueeze(0);
   PendingObservations::Rows rows;
-  rows.finite = at::isfinite(squares);
   rows.values = values.unsqueeze(0);
-  rows.nonzero = squares > 0;
+  rows.squares = row_squares(values).unsqueeze(0);
+  rows.finite = rows.squares < std::numeric_limits<double>::infinity();  // false for NaN, too
   if (!known_to_be_true(rows.finite)) {
-    rows.values =
-        at::where(rows.finite.unsqueeze(-1), rows.values, at::zeros({}, values.options()));
+    const auto clean = [](const at::Tensor& mask, const at::Tensor& x) {
+      return at::where(mask, x, at::zeros({}, x.options()));
+    };
+    rows.values = clean(rows.finite.unsqueeze(-1), rows.values);
+    rows.squares = clean(rows.finite, rows.squares);
   }
   return rows;
 }
@@ -133,7 +136,7 @@ FactorSketch PendingObservations::input_sketch(int64_t layer,
   if (!first && *set != layer && *set == last_.set) {
     *set = layer;  // another input than the rest of its set: on its own from now on
   }
-  last_ = {observation.inputs, *set, factor.sketch(rows.values, rows.weights)};
+  last_ = {observation.inputs, rows, *set, factor.sketch(rows.values, rows.weights, rows.squares)};
   return last_.sketch;
 }
 
@@ -148,29 +151,28 @@ void PendingObservations::add(int64_t layer,
     return;  // a model in the middle of a move, or a module whose output is not this layer's
   }
   const at::ScalarType dtype = output.dtype();
-  Rows inputs = finite_rows(observation.inputs.to(dtype));
+  const bool known = last_.inputs.defined() && last_.inputs.is_same(observation.inputs);
+  Rows inputs = known ? last_.rows : finite_rows(observation.inputs.to(dtype));
   Rows grads = finite_rows(observation.output_grads.to(dtype));
   // Rows without a gradient (padding, ignored labels) and rows with non-finite numbers do not
   // count.
-  const at::Tensor counts =
-      grads.nonzero.logical_and(grads.finite).logical_and(inputs.finite).squeeze(0);
-  const at::Tensor weights = counts.to(at::kDouble) * observation.row_weight;
-  inputs.weights = grads.weights = weights.unsqueeze(0);
+  const at::Tensor counts = (grads.squares > 0).logical_and_(inputs.finite);
+  inputs.weights = grads.weights = counts.to(at::kDouble) * observation.row_weight;
 
   Sums& sums = sums_[static_cast<size_t>(layer)];
   add_sketch(sums.input, input_sketch(layer, observation, inputs, factors));
   if (!is(started_, layer)) {
     output.start_basis(grads.values, at::ones({1}, counts.options()), seed_);
   }
-  add_sketch(sums.output, output.sketch(grads.values, grads.weights));
-  const at::Tensor base = observation.base_square.defined()
-                              ? at::where(counts, observation.base_square.to(at::kDouble) * weights,
-                                          at::zeros_like(weights))
-                                    .sum(-1, /*keepdim=*/true)
-                              : at::full({1}, -1.0, weights.options());
+  add_sketch(sums.output, output.sketch(grads.values, grads.weights, grads.squares));
+  const at::TensorOptions numbers = grads.weights.options();
+  const at::Tensor base =
+      observation.base_square.defined()
+          ? at::where(counts, observation.base_square * grads.weights, at::zeros({}, numbers))
+                .sum(-1)
+          : at::full({1}, -1.0, numbers);
   sums.base_square = sums.base_square.defined() ? sums.base_square + base : base;
-  const at::Tensor sequences =
-      at::full({1}, static_cast<double>(observation.sequences), weights.options());
+  const at::Tensor sequences = at::full({1}, static_cast<double>(observation.sequences), numbers);
   sums.sequences = sums.sequences.defined() ? sums.sequences + sequences : sequences;
   sums.count += 1;
   set(started_, layer);

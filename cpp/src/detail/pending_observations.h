@@ -22,9 +22,10 @@ class PendingObservations {
  public:
   /// Rows of one layer as one batch: all tensors (1, R) or (1, R, d).
   struct Rows {
-    at::Tensor values;
-    at::Tensor weights;          // rows each one stands for, float64; 0: does not count
-    at::Tensor finite, nonzero;  // bool
+    at::Tensor values;   // zero where a row held a non-finite number
+    at::Tensor squares;  // of their norms, float64; zero there, too
+    at::Tensor finite;   // bool
+    at::Tensor weights;  // rows each one stands for, float64; 0: does not count
   };
 
   PendingObservations(int64_t layers, const Options& options);
@@ -74,6 +75,7 @@ class PendingObservations {
   };
   struct Shared {  // the last input that was sketched
     at::Tensor inputs;
+    Rows rows;
     int64_t set = -1;
     FactorSketch sketch;
   };

@@ -281,22 +281,44 @@ void lerp(float* momentum, const float* grad, int64_t count, float step) {
 
 }  // namespace
 
-at::Tensor row_squares(const at::Tensor& rows) {
-  if (!rows.is_cpu() || !rows.is_contiguous() || rows.scalar_type() != at::kFloat) {
-    return at::linalg_vector_norm(rows, 2, {-1}, /*keepdim=*/false, at::kDouble).square();
-  }
+namespace {
+
+bool has_float_rows(const at::Tensor& rows) {
+  return rows.is_cpu() && rows.is_contiguous() && rows.scalar_type() == at::kFloat;
+}
+
+// @param row_of number of the row whose square is the i-th.
+template <typename RowOf>
+at::Tensor float_row_squares(const at::Tensor& rows, at::IntArrayRef shape, const RowOf& row_of) {
   const int64_t size = rows.size(-1);
-  at::Tensor out = at::empty(rows.sizes().slice(0, static_cast<size_t>(rows.dim() - 1)),
-                             rows.options().dtype(at::kDouble));
+  at::Tensor out = at::empty(shape, rows.options().dtype(at::kDouble));
   const auto* from = rows.const_data_ptr<float>();
   auto* to = out.data_ptr<double>();
   at::parallel_for(0, out.numel(), kGrain / std::max<int64_t>(size, 1) + 1,
                    [&](int64_t begin, int64_t end) {
                      for (int64_t i = begin; i < end; ++i) {
-                       to[i] = sum_of_squares(from + i * size, size);
+                       to[i] = sum_of_squares(from + row_of(i) * size, size);
                      }
                    });
   return out;
+}
+
+}  // namespace
+
+at::Tensor row_squares(const at::Tensor& rows) {
+  if (!has_float_rows(rows)) {
+    return at::linalg_vector_norm(rows, 2, {-1}, /*keepdim=*/false, at::kDouble).square();
+  }
+  return float_row_squares(rows, rows.sizes().slice(0, static_cast<size_t>(rows.dim() - 1)),
+                           [](int64_t i) { return i; });
+}
+
+at::Tensor row_squares(const at::Tensor& rows, const at::Tensor& index) {
+  if (!has_float_rows(rows)) {
+    return row_squares(rows.index_select(0, index));
+  }
+  const auto* picked = index.const_data_ptr<int64_t>();
+  return float_row_squares(rows, index.sizes(), [=](int64_t i) { return picked[i]; });
 }
 
 at::Tensor momentum_step(const std::vector<at::Tensor>& grads_a,

@@ -24,6 +24,9 @@ at::Tensor tall_gram(const at::Tensor& x, const at::Tensor& y);
 /// Squared norms of rows (..., d): (...) float64; inf or NaN where a row holds one, or overflows.
 at::Tensor row_squares(const at::Tensor& rows);
 
+/// The same of the rows `index` (R) int64 of `rows` (N, d) alone.
+at::Tensor row_squares(const at::Tensor& rows, const at::Tensor& index);
+
 /// A slab (L, d, p) and its coefficients (L, p, r) float64.
 struct Term {
   at::Tensor slab;
