@@ -1,5 +1,6 @@
 #include "ctrlora/kronecker_factors.h"
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/ones_like.h>
@@ -107,10 +108,15 @@ void KroneckerFactors::commit(const CurvatureSketch& sketch, const Options& opti
   const at::Tensor output_scale =
       at::where(proxy, unit(sketch.output, output.size()), loss_scale_of_output(sketch, options));
   const at::Tensor known = count > 1;
-  const at::Tensor failed =
-      input.update(sketch.input, keep, calm(input, sketch.input, input_scale, known))
-          .logical_or(
-              output.update(sketch.output, keep, calm(output, sketch.output, output_scale, known)));
+  const LowRankEigen::Update of_input{input, sketch.input, keep,
+                                      calm(input, sketch.input, input_scale, known)};
+  const LowRankEigen::Update of_output{output, sketch.output, keep,
+                                       calm(output, sketch.output, output_scale, known)};
+  const at::Tensor failures =
+      input.updates_with(output)
+          ? LowRankEigen::update_all({of_input, of_output})
+          : at::cat({LowRankEigen::update_all({of_input}), LowRankEigen::update_all({of_output})});
+  const at::Tensor failed = failures.view({2, -1}).any(0);
   // A base whose output nobody handed over counts as unobserved: negative.
   const at::Tensor assumed = sketch.from_gradient.logical_or(sketch.base_square < 0);
   const at::Tensor fresh =

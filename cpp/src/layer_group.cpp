@@ -179,13 +179,22 @@ void LayerGroup::update_rms(const DirectionSquare& direction) {
               part(grad_ok_).logical_and(direction.ok), options_.rms_beta);
 }
 
+at::Tensor LayerGroup::direction_rms() const {
+  return (rms_square_ / rms_weight_.clamp_min(1e-300)).sqrt();
+}
+
+int64_t LayerGroup::measured_layers() const {
+  const Range range = measured();
+  return range.end - range.begin;
+}
+
 Measurement LayerGroup::measure(const GroupSettings& settings) const {
   Measurement out = measurement({0, layers()}, momentum_a_, momentum_b_);
   // 0, not infinity, for a layer without a usable gradient so far: its Grams are carried on.
   const at::Tensor unbiased = (options_.maximize ? -1.0 : 1.0) / momentum_weight_;
   out.momentum_factor = at::where(momentum_weight_ > 0, unbiased, at::zeros_like(unbiased));
   out.radius = settings.lr * settings.radius_factor * factors_.base_square.clamp_min(0).sqrt();
-  out.direction_rms = (rms_square_ / rms_weight_.clamp_min(1e-300)).sqrt();
+  out.direction_rms = direction_rms();
   if (ranks_ != nullptr && ranks_->phase() != detail::SketchPhase::kNone) {
     ranks_->score(out.input.wm * as_column(out.momentum_factor), grad_ok_);
   }

@@ -1,10 +1,12 @@
 #include "ctrlora/low_rank_eigen.h"
 
 #include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/diag_embed.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mul.h>
@@ -99,17 +101,41 @@ FactorSketch LowRankEigen::sketch(const at::Tensor& rows,
 
 namespace {
 
+// Slabs of several factors, whose small tensors lie below each other.
+using Slabs = std::vector<at::Tensor>;
+
+// f(i, begin, end) for each slab and its layers.
+template <typename F>
+void for_each(const Slabs& slabs, const F& f) {
+  int64_t begin = 0;
+  for (size_t i = 0; i < slabs.size(); ++i) {
+    const int64_t end = begin + slabs[i].size(0);
+    f(i, begin, end);
+    begin = end;
+  }
+}
+
+at::Tensor below(const std::vector<at::Tensor>& parts) {
+  return parts.size() == 1 ? parts.front() : at::cat(parts);
+}
+
 // Products of the present basis U and the new rows' part Y of F U, all (L, k, k).
 struct JointGram {
   at::Tensor uu, uy, yy;
 
-  JointGram(const at::Tensor& basis, const at::Tensor& fresh) {
-    const int64_t k = basis.size(2);
-    const std::vector<at::Tensor> grams =
-        detail::tall_grams({{{basis, fresh}, fresh}, {{basis}, basis}});
-    uy = grams[0].slice(1, 0, k);
-    yy = grams[0].slice(1, k);
-    uu = grams[1];
+  JointGram(const Slabs& bases, const Slabs& fresh) {
+    std::vector<at::Tensor> joint, own;
+    for (size_t i = 0; i < bases.size(); ++i) {
+      std::vector<at::Tensor> grams =
+          detail::tall_grams({{{bases[i], fresh[i]}, fresh[i]}, {{bases[i]}, bases[i]}});
+      joint.push_back(std::move(grams[0]));
+      own.push_back(std::move(grams[1]));
+    }
+    const int64_t k = bases.front().size(2);
+    const at::Tensor of_both = below(joint);
+    uy = of_both.slice(1, 0, k);
+    yy = of_both.slice(1, k);
+    uu = below(own);
   }
 };
 
@@ -126,9 +152,9 @@ struct Nystrom {
 // Nystrom approximation P K^-1 P^T of F from P = F U = U kept + Y, for F of mean eigenvalue 1.
 // Everything but two combinations of U and Y is rank-space algebra on their Grams.
 // @param fresh Y; becomes the range of P, orthonormal up to the second Cholesky-QR pass.
-Nystrom nystrom(const at::Tensor& basis, const at::Tensor& fresh, const at::Tensor& kept) {
-  const double eps = basis.scalar_type() == at::kDouble ? 1e-15 : 1e-7;
-  const JointGram gram(basis, fresh);
+Nystrom nystrom(const Slabs& bases, const Slabs& fresh, const at::Tensor& kept) {
+  const double eps = bases.front().scalar_type() == at::kDouble ? 1e-15 : 1e-7;
+  const JointGram gram(bases, fresh);
   const at::Tensor up = gram.uu * kept.unsqueeze(1) + gram.uy;       // U^T P
   const at::Tensor yp = gram.uy.mT() * kept.unsqueeze(1) + gram.yy;  // Y^T P
   const at::Tensor core = symmetric(up);
@@ -145,10 +171,16 @@ Nystrom nystrom(const at::Tensor& basis, const at::Tensor& fresh, const at::Tens
   const at::Tensor cross = gram.uy * of_u * of_y.mT();
   const detail::OrthonormalMap first = detail::orthonormal_map(
       gram.uu * of_u * of_u.mT() + cross + cross.mT() + gram.yy * of_y * of_y.mT(), eps);
-  detail::tall_combine({{fresh, of_y * first.map}, {basis, of_u * first.map}});  // Z = C first
-  const std::vector<at::Tensor> grams = detail::tall_grams({{{basis, fresh}, fresh}});
-  const at::Tensor uz = grams.front().slice(1, 0, basis.size(2));
-  const at::Tensor zz = grams.front().slice(1, basis.size(2));
+  const at::Tensor of_fresh = of_y * first.map, of_basis = of_u * first.map;
+  std::vector<at::Tensor> grams;
+  for_each(bases, [&](size_t i, int64_t begin, int64_t end) {  // Z = C first
+    detail::tall_combine(
+        {{fresh[i], of_fresh.slice(0, begin, end)}, {bases[i], of_basis.slice(0, begin, end)}});
+    grams.push_back(detail::tall_grams({{{bases[i], fresh[i]}, fresh[i]}}).front());
+  });
+  const at::Tensor joint = below(grams);
+  const at::Tensor uz = joint.slice(1, 0, kept.size(1));
+  const at::Tensor zz = joint.slice(1, kept.size(1));
   const detail::OrthonormalMap second = detail::orthonormal_map(zz, eps);
 
   // Of F + nu I, and nu taken off again (Tropp et al. 2017, algorithm 3): where F has next to
@@ -176,59 +208,108 @@ Nystrom nystrom(const at::Tensor& basis, const at::Tensor& fresh, const at::Tens
 at::Tensor LowRankEigen::update(const FactorSketch& sketch,
                                 const at::Tensor& keep,
                                 const at::Tensor& scale) {
-  at::Tensor live = (sketch.weight > 0)
-                        .logical_and(sketch.trace > detail::smallest_trace(size(), dtype()))
+  return update_all({{*this, sketch, keep, scale}});
+}
+
+bool LowRankEigen::updates_with(const LowRankEigen& other) const {
+  return sketch_rank() == other.sketch_rank() && dtype() == other.dtype() &&
+         (sketch_rank() == size()) == (other.sketch_rank() == other.size());
+}
+
+at::Tensor LowRankEigen::update_all(const std::vector<Update>& parts) {
+  const auto joined = [&](const auto& field) {
+    std::vector<at::Tensor> tensors;
+    for (const Update& part : parts) {
+      tensors.push_back(field(part));
+    }
+    return below(tensors);
+  };
+  const auto number = [&](const auto& field) {  // (L) float64 of a number of each factor
+    return joined(
+        [&](const Update& part) { return at::full_like(part.factor.trace_, field(part)); });
+  };
+  const at::Tensor weight = joined([](const Update& part) { return part.sketch.weight; });
+  const at::Tensor added = joined([](const Update& part) { return part.sketch.trace; });
+  const at::Tensor keep = joined([](const Update& part) { return part.keep; });
+  const at::Tensor scale = joined([](const Update& part) { return part.scale; });
+  const at::Tensor eigenvalues =
+      joined([](const Update& part) { return part.factor.eigenvalues_; });
+  const at::Tensor present = joined([](const Update& part) { return part.factor.trace_; });
+  const at::Tensor finite =
+      joined([](const Update& part) { return detail::finite_layers(part.sketch.product); });
+  const at::Tensor size =
+      number([](const Update& part) { return static_cast<double>(part.factor.size()); });
+  const at::Tensor least = number([](const Update& part) {
+    return detail::smallest_trace(part.factor.size(), part.factor.dtype());
+  });
+
+  at::Tensor live = (weight > 0)
+                        .logical_and(added > least)
                         .logical_and(keep < 1)
-                        .logical_and(detail::finite_layers(sketch.product))
-                        .logical_and((sketch.trace * scale / sketch.weight).isfinite());
-  const at::Tensor fresh =
-      at::where(live, (1 - keep) * scale / sketch.weight, at::zeros_like(keep));
+                        .logical_and(finite)
+                        .logical_and((added * scale / weight).isfinite());
+  const at::Tensor fresh = at::where(live, (1 - keep) * scale / weight, at::zeros_like(keep));
   const at::Tensor old = at::where(live, keep, at::ones_like(keep));
-  const at::Tensor trace =
-      old * trace_ + fresh * at::where(live, sketch.trace, at::zeros_like(trace_));
+  const at::Tensor trace = old * present + fresh * at::where(live, added, at::zeros_like(present));
 
   // In units of the mean eigenvalue, so that squares of small gradients stay in range.
-  const at::Tensor mean = (trace / static_cast<double>(size())).clamp_min(1e-300);
-  const at::Tensor kept = (old / mean).unsqueeze(-1) * eigenvalues_;
-  const at::Tensor basis = computed_basis();
-  at::Tensor rows = at::empty_like(basis);  // in the basis' layout
-  at::mul_out(rows,
-              detail::known_to_be_true(live)
-                  ? sketch.product
-                  : select_layers(live, sketch.product, at::zeros({}, sketch.product.options())),
-              as_column(fresh / mean).to(rows.scalar_type()));
-  // All that may throw (no memory) comes before the first write, so that a factor is as it was or
+  const at::Tensor mean = (trace / size).clamp_min(1e-300);
+  const at::Tensor kept = (old / mean).unsqueeze(-1) * eigenvalues;
+  const at::Tensor unit = fresh / mean;
+  Slabs bases, rows;
+  for (const Update& part : parts) {
+    bases.push_back(part.factor.computed_basis());
+    rows.push_back(at::empty_like(bases.back()));  // in the basis' layout
+  }
+  for_each(bases, [&](size_t i, int64_t begin, int64_t end) {
+    const at::Tensor& product = parts[i].sketch.product;
+    const at::Tensor enters = live.slice(0, begin, end);
+    at::mul_out(rows[i],
+                detail::known_to_be_true(enters)
+                    ? product
+                    : select_layers(enters, product, at::zeros({}, product.options())),
+                as_column(unit.slice(0, begin, end)).to(rows[i].scalar_type()));
+  });
+  // All that may throw (no memory) comes before a factor's first write, so that it is as it was or
   // whole: tall_combine allocates, then writes.
-  at::Tensor values;
-  std::vector<detail::Term> terms;
-  const at::Tensor identity = at::eye(sketch_rank(), kept.options()).expand({layers(), -1, -1});
-  if (sketch_rank() == size()) {  // complete basis: K is the factor itself
-    const JointGram gram(basis, rows);
+  const int64_t k = kept.size(1);
+  const at::Tensor identity = at::eye(k, kept.options()).expand({kept.size(0), -1, -1});
+  const bool complete = k == parts.front().factor.size();
+  at::Tensor values, of_basis, of_rows;
+  if (complete) {  // K is the factor itself
+    const JointGram gram(bases, rows);
     const at::Tensor core = symmetric(gram.uu * kept.unsqueeze(1) + gram.uy);
     const detail::Eigh eigh = detail::symmetric_eigh(core);
     live = live.logical_and(detail::finite_layers(core))
                .logical_and(detail::finite_layers(eigh.values));
-    terms = {{basis, select_layers(live, eigh.vectors, identity)}};
+    of_basis = select_layers(live, eigh.vectors, identity);
     values = eigh.values;
   } else {
-    const Nystrom next = nystrom(basis, rows, kept);
+    const Nystrom next = nystrom(bases, rows, kept);
     // It is below F: a sum above the trace is a decomposition that went wrong.
-    live = live.logical_and(next.ok).logical_and(next.values.sum(-1) <
-                                                 1.01 * static_cast<double>(size()));
+    live = live.logical_and(next.ok).logical_and(next.values.sum(-1) < 1.01 * size);
     const at::Tensor zero = at::zeros({}, kept.options());
-    terms = {{basis, select_layers(live, zero, identity)},
-             {rows, select_layers(live, next.map, zero)}};
+    of_basis = select_layers(live, zero, identity);
+    of_rows = select_layers(live, next.map, zero);
     values = next.values;
   }
-  values = select_layers(live, values.clamp_min(0) * mean.unsqueeze(-1), eigenvalues_);
-  const at::Tensor whole = at::where(live, trace, trace_);
+  values = select_layers(live, values.clamp_min(0) * mean.unsqueeze(-1), eigenvalues);
+  const at::Tensor whole = at::where(live, trace, present);
   const at::Tensor failed = (fresh > 0).logical_and(live.logical_not());
-  detail::tall_combine(terms);
-  if (narrow_) {
-    basis_.copy_(basis);
-  }
-  eigenvalues_.copy_(values);
-  trace_.copy_(whole);
+  for_each(bases, [&](size_t i, int64_t begin, int64_t end) {
+    const auto part = [&](const at::Tensor& x) { return x.slice(0, begin, end); };
+    std::vector<detail::Term> terms = {{bases[i], part(of_basis)}};
+    if (!complete) {
+      terms.push_back({rows[i], part(of_rows)});
+    }
+    detail::tall_combine(terms);
+    const LowRankEigen& factor = parts[i].factor;
+    if (factor.narrow_) {
+      factor.basis_.copy_(bases[i]);
+    }
+    factor.eigenvalues_.copy_(part(values));
+    factor.trace_.copy_(part(whole));
+  });
   return failed;
 }
 

@@ -63,19 +63,41 @@ at::Tensor planned_length(const Measurement& measured,
 
 }  // namespace
 
-Proposal propose(const Measurement& measured, const Options& options) {
+Direction direction(const Measurement& measured, const Options& options) {
   const detail::NumericsGuard guard;
   const SideProducts input = measured.input.scale_momentum(measured.momentum_factor);
   const SideProducts output = measured.output.scale_momentum(measured.momentum_factor);
-  Proposal out;
+  Direction out;
   out.step = tangent_step(input, measured.input_metric, output, measured.output_metric,
                           measured.scaling, options.gram_floor, measured.rounding);
   out.input_grams = step_grams(input, out.step.a);
   out.output_grams = step_grams(output, out.step.b);
-  const StepGrams input_omega = out.input_grams.in(measured.input_metric.plain);
-  out.output_norm = squared_norm(input_omega, out.output_grams, measured.scaling);
+  out.input_omega = out.input_grams.in(measured.input_metric.plain);
+  out.output_norm = squared_norm(out.input_omega, out.output_grams, measured.scaling);
+  return out;
+}
+
+DirectionSquare Direction::square() const {
+  const detail::NumericsGuard guard;
+  const at::Tensor square = output_norm.c2.clamp_min(0);  // rounding of a direction near 0
+  return {square, step.ok.logical_and(square.isfinite())};
+}
+
+Direction Direction::slice(int64_t begin, int64_t end) const {
+  return {step.slice(begin, end), input_grams.slice(begin, end), output_grams.slice(begin, end),
+          input_omega.slice(begin, end), output_norm.slice(begin, end)};
+}
+
+Proposal propose(const Measurement& measured, const Direction& direction, const Options& options) {
+  const detail::NumericsGuard guard;
+  Proposal out;
+  out.step = direction.step;
+  out.input_grams = direction.input_grams;
+  out.output_grams = direction.output_grams;
+  out.output_norm = direction.output_norm;
   out.fisher_norm =
-      squared_norm(input_omega, out.output_grams.in(measured.output_metric.plain), measured.scaling)
+      squared_norm(direction.input_omega, out.output_grams.in(measured.output_metric.plain),
+                   measured.scaling)
           .where(measured.absolute);
   if (options.curvature == "hutchinson") {
     const Quartic plain = squared_norm(out.input_grams, out.output_grams, measured.scaling);
@@ -99,23 +121,10 @@ Proposal propose(const Measurement& measured, const Options& options) {
   return out;
 }
 
-DirectionSquare direction_square(const Measurement& measured, const Options& options) {
-  const detail::NumericsGuard guard;
-  const TangentStep step =
-      tangent_step(measured.input, measured.input_metric, measured.output, measured.output_metric,
-                   measured.scaling, options.gram_floor, measured.rounding);
-  const StepGrams input = step_grams(measured.input, step.a).in(measured.input_metric.plain);
-  const at::Tensor square =
-      squared_norm(input, step_grams(measured.output, step.b), measured.scaling)
-          .c2.clamp_min(0);  // rounding of a direction near 0
-  return {square, step.ok.logical_and(square.isfinite())};
-}
-
 Proposal Proposal::slice(int64_t begin, int64_t end) const {
   const auto part = [&](const at::Tensor& x) { return x.slice(0, begin, end); };
   Proposal out;
-  out.step = {step.a.slice(begin, end), step.b.slice(begin, end), part(step.predicted_decrease),
-              part(step.ok)};
+  out.step = step.slice(begin, end);
   out.input_grams = input_grams.slice(begin, end);
   out.output_grams = output_grams.slice(begin, end);
   out.output_norm = output_norm.slice(begin, end);

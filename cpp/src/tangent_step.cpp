@@ -244,6 +244,15 @@ StepGrams PlainStepGrams::in(const PowerCoefficients& metric) const {
           (tail * dd).add_(small_bmm(ud.mT(), weighted_ud))};
 }
 
+TangentStep TangentStep::slice(int64_t begin, int64_t end) const {
+  return {a.slice(begin, end), b.slice(begin, end), predicted_decrease.slice(0, begin, end),
+          ok.slice(0, begin, end)};
+}
+
+StepGrams StepGrams::slice(int64_t begin, int64_t end) const {
+  return {ww.slice(0, begin, end), wd.slice(0, begin, end), dd.slice(0, begin, end)};
+}
+
 PlainStepGrams PlainStepGrams::slice(int64_t begin, int64_t end) const {
   PlainStepGrams view;
   view.ww = ww.slice(0, begin, end);

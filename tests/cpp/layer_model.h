@@ -68,9 +68,10 @@ struct Layers {
                                    const ctrlora::Options& options,
                                    const ctrlora::GroupSettings& settings = {}) {
     if (const auto gradients = group.measure_gradients()) {
-      group.update_rms(ctrlora::direction_square(*gradients, options));
+      group.update_rms(ctrlora::direction(*gradients, options).square());
     }
-    return ctrlora::propose(group.measure(settings), options);
+    const ctrlora::Measurement measured = group.measure(settings);
+    return ctrlora::propose(measured, ctrlora::direction(measured, options), options);
   }
 };
 

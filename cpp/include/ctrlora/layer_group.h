@@ -87,8 +87,12 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   /// The d-wide products of the observed layers with their raw gradients in place of the momenta;
   /// nothing if no layer is due.
   [[nodiscard]] std::optional<Measurement> measure_gradients() const;
+  /// How many layers these are.
+  [[nodiscard]] int64_t measured_layers() const;
   /// Enters the squared size of those layers' directions into rms.
   void update_rms(const DirectionSquare& direction);
+  /// (L) float64: root of the mean squared size so far; 0: not known yet.
+  [[nodiscard]] at::Tensor direction_rms() const;
   /// The d-wide products of all layers, and what else the step is decided from.
   [[nodiscard]] Measurement measure(const GroupSettings& settings) const;
   /// W <- (1 - lr weight_decay) W + f delta with f = length * shrink, shrink a float64 scalar.

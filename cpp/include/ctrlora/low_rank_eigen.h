@@ -82,6 +82,15 @@ class CTRLORA_API LowRankEigen {
   /// @return (L) bool: layers whose decomposition failed (they kept their old state).
   at::Tensor update(const FactorSketch& sketch, const at::Tensor& keep, const at::Tensor& scale);
 
+  struct Update;
+  /// The same for several factors that update together, their small tensors as one batch: the
+  /// number of operations is what a refresh of narrow layers costs.
+  /// @return failures of all, below each other.
+  static at::Tensor update_all(const std::vector<Update>& parts);
+  /// Whether both can be updated in one call: one sketch rank and dtype, both bases complete or
+  /// neither.
+  [[nodiscard]] bool updates_with(const LowRankEigen& other) const;
+
   /// (L) float64: rho, never negative; 0 for a complete basis.
   [[nodiscard]] at::Tensor tail() const;
 
@@ -109,6 +118,13 @@ class CTRLORA_API LowRankEigen {
   bool narrow_ = false;
   at::Tensor eigenvalues_;  // (L, k) float64
   at::Tensor trace_;        // (L) float64
+};
+
+/// What LowRankEigen::update_all takes of one factor.
+struct LowRankEigen::Update {
+  LowRankEigen factor;  ///< a view: what it is a view of is updated
+  FactorSketch sketch;
+  at::Tensor keep, scale;  ///< (L) float64
 };
 
 }  // namespace ctrlora

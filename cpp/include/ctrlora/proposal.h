@@ -51,14 +51,28 @@ struct CTRLORA_API Proposal {
   [[nodiscard]] Proposal slice(int64_t begin, int64_t end) const;
 };
 
-CTRLORA_API Proposal propose(const Measurement& measured, const Options& options);
-
 struct CTRLORA_API DirectionSquare {
   at::Tensor square;  ///< |D|_Omega^2
   at::Tensor ok;      ///< (L) bool: it could be computed
 };
 
-/// Squared size of the direction formed from the momenta as they are, without momentum_factor.
-CTRLORA_API DirectionSquare direction_square(const Measurement& measured, const Options& options);
+/// The best tangent step and its Grams, before any length.
+struct CTRLORA_API Direction {
+  TangentStep step;                          ///< zero where it failed
+  PlainStepGrams input_grams, output_grams;  ///< of the step
+  StepGrams input_omega;                     ///< input_grams in Omega
+  Quartic output_norm;                       ///< |D(f)|_Omega^2
+
+  [[nodiscard]] DirectionSquare square() const;
+  /// Layers [begin, end).
+  [[nodiscard]] Direction slice(int64_t begin, int64_t end) const;
+};
+
+CTRLORA_API Direction direction(const Measurement& measured, const Options& options);
+
+/// @param direction of `measured`.
+CTRLORA_API Proposal propose(const Measurement& measured,
+                             const Direction& direction,
+                             const Options& options);
 
 }  // namespace ctrlora

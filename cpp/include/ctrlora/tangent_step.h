@@ -81,6 +81,8 @@ struct CTRLORA_API TangentStep {
   SideStep b;                     ///< for B
   at::Tensor predicted_decrease;  ///< (L) -(<M_A, dA> + <M_B, dB>), >= 0 up to rounding
   at::Tensor ok;                  ///< (L) bool: Grams were decomposed, everything is finite
+
+  [[nodiscard]] TangentStep slice(int64_t begin, int64_t end) const;
 };
 
 /// The direction for L layers. @param scaling (L) float64. @param eps rounding unit of the
@@ -98,6 +100,8 @@ struct CTRLORA_API StepGrams {
   at::Tensor ww;  ///< (L, r, r) W^T N W
   at::Tensor wd;  ///< (L, r, r) W^T N delta
   at::Tensor dd;  ///< (L, r, r) delta^T N delta
+
+  [[nodiscard]] StepGrams slice(int64_t begin, int64_t end) const;
 };
 
 /// The same for N = I, with the basis' products: what the Grams in any metric follow from.

@@ -1,6 +1,7 @@
 #include "detail/rank_space.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -53,52 +54,60 @@ std::vector<RankSpace> RankSpace::sort(const std::vector<Member>& members) {
   return spaces;
 }
 
-// The raw gradients' directions, sized on the layers observed in this step.
-void RankSpace::update_sizes(const Options& options) const {
-  std::vector<Measurement> parts;
-  std::vector<LayerGroup*> groups;
+RankSpace::Measured RankSpace::measure() const {
+  Measured out;
   for (const Member& member : members_) {
-    std::optional<Measurement> part = member.group->measure_gradients();
-    if (part) {
-      parts.push_back(std::move(*part));
-      groups.push_back(member.group.get());
+    out.parts.push_back(member.group->measure(member.settings));
+  }
+  for (const Member& member : members_) {
+    if (std::optional<Measurement> raw = member.group->measure_gradients()) {
+      out.parts.push_back(std::move(*raw));
+      out.sized.push_back(member.group.get());
     }
   }
-  if (parts.empty()) {
-    return;
-  }
-  const DirectionSquare all = direction_square(Measurement::cat(parts), options);
-  int64_t begin = 0;
-  for (size_t i = 0; i < parts.size(); ++i) {
-    const int64_t end = begin + parts[i].scaling.size(0);
-    groups[i]->update_rms({all.square.slice(0, begin, end), all.ok.slice(0, begin, end)});
-    begin = end;
-  }
+  return out;
 }
 
-Measurement RankSpace::measure() const {
-  std::vector<Measurement> parts;
-  parts.reserve(members_.size());
-  for (const Member& member : members_) {
-    parts.push_back(member.group->measure(member.settings));
+// Directions of the momenta and, for the layers whose sizes are due, of the raw gradients: one
+// batch, since it is the number of operations that counts.
+void RankSpace::decide(const Measured& measured, const Options& options) {
+  const Measurement joint = Measurement::cat(measured.parts);
+  const Direction all = direction(joint, options);
+  if (measured.sized.empty()) {
+    proposal_ = ctrlora::propose(joint, all, options);
+    return;
   }
-  return Measurement::cat(parts);
+  const auto members = measured.parts.begin() + static_cast<std::ptrdiff_t>(members_.size());
+  Measurement own = Measurement::cat({measured.parts.begin(), members});
+  const int64_t count = own.scaling.size(0);
+  const DirectionSquare raw = all.slice(count, all.output_norm.c2.size(0)).square();
+  int64_t begin = 0;
+  for (LayerGroup* group : measured.sized) {
+    const int64_t end = begin + group->measured_layers();
+    group->update_rms({raw.square.slice(0, begin, end), raw.ok.slice(0, begin, end)});
+    begin = end;
+  }
+  std::vector<at::Tensor> rms;
+  for (const Member& member : members_) {
+    rms.push_back(member.group->direction_rms());
+  }
+  own.direction_rms = at::cat(rms);
+  proposal_ = ctrlora::propose(own, all.slice(0, count), options);
 }
 
 void RankSpace::propose(std::vector<RankSpace>& spaces, const Options& options) {
-  std::vector<Measurement> measured;
+  std::vector<Measured> measured;
   measured.reserve(spaces.size());
   for (const RankSpace& space : spaces) {
-    space.update_sizes(options);
     measured.push_back(space.measure());
   }
   const auto decide = [&](int64_t begin, int64_t end) {
     for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
-      spaces[i].proposal_ = ctrlora::propose(measured[i], options);
+      spaces[i].decide(measured[i], options);
     }
   };
   const auto count = static_cast<int64_t>(spaces.size());
-  if (measured.front().scaling.is_cpu()) {
+  if (measured.front().parts.front().scaling.is_cpu()) {
     at::parallel_for(0, count, 1, decide);  // small operations: a thread takes a space
   } else {
     decide(0, count);

@@ -46,8 +46,12 @@ class RankSpace {
  private:
   [[nodiscard]] bool takes(const LayerGroup& group, int64_t most) const;
   [[nodiscard]] int64_t layers() const;
-  void update_sizes(const Options& options) const;
-  [[nodiscard]] Measurement measure() const;
+  struct Measured {
+    std::vector<Measurement> parts;  // of the members, then of their raw gradients
+    std::vector<LayerGroup*> sized;  // whose raw gradients are there
+  };
+  [[nodiscard]] Measured measure() const;
+  void decide(const Measured& measured, const Options& options);
 
   std::vector<Member> members_;
   std::vector<size_t> places_;  // of the members among all groups
