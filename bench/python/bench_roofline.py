@@ -25,12 +25,14 @@ from jobs import SCHEDULES, SHAPES, make_pairs, observing, tensors
 # Reads and writes of a pair's (m + n)·r numbers. Ours: momentum 3, Grams 3, update 4, and an eighth
 # of the Grams measured anew (W, U).
 PASSES = {"adamw": 7.0, "plain": 10.25}
-# More for an observed layer: raw gradient stacked 2 and multiplied 3; Y gathered 2, checked 1 and
-# scaled 2; joint Gram 2; Y and U combined 3; its Gram with U 2; the new basis 3; Grams with it 2.
-OBSERVED = 5 + 5 + 10 + 2
+# More for an observed layer: Y gathered 2, checked 1 and scaled 2; joint Gram 2; Y and U combined 3;
+# its Gram with U 2; the new basis 3; Grams with it 2. For one whose raw direction is measured: the
+# gradient stacked 2 and multiplied 3.
+OBSERVED, SIZED = 5 + 10 + 2, 5
 FLOPS = 12.5  # times r²·(m + n): 3 Grams and 3 terms of the update, 2 r² each, and the eighth
-OBSERVED_FLOPS = 28  # 3 Grams; 3, 2 terms, 2, 2 terms of the refresh; 2 Grams
+OBSERVED_FLOPS, SIZED_FLOPS = 22, 6  # 3, 2 terms, 2, 2 terms of the refresh, 2 Grams; 3 Grams
 SHARE = {"adamw": 0.0, "plain": 0.0, "thirds": 1 / 3, "default": 1.0}  # of the layers observed
+SIZED_SHARE = {"adamw": 0.0, "plain": 0.0, "thirds": 1 / 3, "default": 1 / 3}
 
 # Linears of a decoder layer as (m, n), and layers: Llama 2's 7B and 70B (GQA of 8 heads of 128).
 MODELS = {
@@ -61,8 +63,10 @@ def machine_limits(rounds: int) -> dict[str, float]:
 def work(shapes: Any, rank: int, kind: str, width: int = 4) -> dict[str, float]:
     """Bytes and flops of one step over (m, n, count)."""
     size = sum((m + n) * count for m, n, count in shapes)
-    passes = PASSES["adamw" if kind == "adamw" else "plain"] + OBSERVED * SHARE[kind]
-    flops = 0.0 if kind == "adamw" else FLOPS + OBSERVED_FLOPS * SHARE[kind]
+    passes = PASSES["adamw" if kind == "adamw" else "plain"]
+    passes += OBSERVED * SHARE[kind] + SIZED * SIZED_SHARE[kind]
+    flops = 0.0 if kind == "adamw" else FLOPS
+    flops += OBSERVED_FLOPS * SHARE[kind] + SIZED_FLOPS * SIZED_SHARE[kind]
     return {"bytes": passes * size * rank * width, "flops": flops * rank**2 * size}
 
 
@@ -148,7 +152,7 @@ def main() -> None:
     result = {
         "limits": limits,
         "steps": steps,
-        "launches": launches(16),
+        "launches": launches(),
         "share": options.share,
         "h100": {
             f"{name} r={rank}": on_h100(name, rank, options.share)

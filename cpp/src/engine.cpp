@@ -85,6 +85,7 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
   const detail::NumericsGuard guard;
   const std::vector<const GroupSettings*> by_group = checked(settings);
   std::vector<detail::RankSpace::Member> moving;
+  std::vector<LayerGroup*> observing;
   join_refreshes();
   for (const auto& group : groups_) {
     GroupSettings own = *by_group[static_cast<size_t>(group->group())];
@@ -95,10 +96,11 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
     }
     group->bind();
     group->update_momentum();
-    group->commit_observations(side_stream_);
     moving.push_back({group, own});
+    observing.push_back(group.get());
   }
   if (!moving.empty()) {
+    LayerGroup::commit_observations(observing, side_stream_);
     report_->spaces = detail::RankSpace::sort(moving);
     detail::RankSpace::propose(report_->spaces, options_);
     fisher_ball();

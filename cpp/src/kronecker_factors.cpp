@@ -56,13 +56,62 @@ void KroneckerFactors::assign(const KroneckerFactors& other) {
 
 namespace {
 
+using Commit = KroneckerFactors::Commit;
+
+// A tensor of every part, below each other.
+template <typename Field>
+at::Tensor joined(const std::vector<Commit>& parts, const Field& field) {
+  if (parts.size() == 1) {
+    return field(parts.front());
+  }
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(parts.size());
+  for (const Commit& part : parts) {
+    tensors.push_back(field(part));
+  }
+  return at::cat(tensors);
+}
+
+// One side's sums and what it has so far, of all layers.
+struct Side {
+  at::Tensor trace, weight;         // (L) of the sums
+  at::Tensor size, smallest, mean;  // (L) d; trace that counts as something; trace of the factor
+
+  Side(const std::vector<Commit>& parts,
+       FactorSketch CurvatureSketch::* sums,
+       LowRankEigen KroneckerFactors::* factor) {
+    trace = joined(parts, [&](const Commit& part) { return (part.sketch.*sums).trace; });
+    weight = joined(parts, [&](const Commit& part) { return (part.sketch.*sums).weight; });
+    mean = joined(parts, [&](const Commit& part) { return (part.factors.*factor).trace(); });
+    const auto number = [&](const auto& of) {
+      return joined(parts, [&](const Commit& part) {
+        return at::full_like(part.factors.base_square, of(part.factors.*factor));
+      });
+    };
+    size = number([](const LowRankEigen& own) { return static_cast<double>(own.size()); });
+    smallest = number(
+        [](const LowRankEigen& own) { return detail::smallest_trace(own.size(), own.dtype()); });
+  }
+
+  // The gradient proxy has no scale of its own: normalised to a mean eigenvalue of 1.
+  [[nodiscard]] at::Tensor unit() const { return size * weight / trace; }
+
+  // The scale at which a sample enters: a spike's trace is bounded, its shape stays.
+  [[nodiscard]] at::Tensor calm(const at::Tensor& scale, const at::Tensor& known) const {
+    const at::Tensor sample = scale * trace / weight;
+    const at::Tensor entering = detail::bounded_sample(sample, mean, known);
+    return at::where(entering < sample, scale * (entering / sample), scale);
+  }
+};
+
 // Factor on the mean of g g^T that makes it E[g^ g^T] for one loss term: with T terms in W rows,
 // mean loss: S = T sum(w g g^T) = (T W) mean; summed loss: S = sum(w g g^T) / T = (W / T) mean.
-at::Tensor loss_scale_of_output(const CurvatureSketch& sketch, const Options& options) {
-  const at::Tensor& rows = sketch.output.weight;
+at::Tensor loss_scale_of_output(const at::Tensor& rows,
+                                const at::Tensor& sequences,
+                                const Options& options) {
   at::Tensor terms = rows;
   if (options.loss_terms == kLossTermsSequences) {
-    terms = sketch.sequences;
+    terms = sequences;
   } else if (options.loss_terms != kLossTermsTokens) {
     terms = at::full_like(rows, static_cast<double>(options.loss_terms));
   }
@@ -70,64 +119,107 @@ at::Tensor loss_scale_of_output(const CurvatureSketch& sketch, const Options& op
   return (options.loss_reduction == "mean" ? terms * rows : rows / terms) * unscale;
 }
 
-// The scale at which a sample enters: a spike's trace is bounded, its shape stays.
-at::Tensor calm(const LowRankEigen& factor,
-                const FactorSketch& sums,
-                const at::Tensor& scale,
-                const at::Tensor& known) {
-  const at::Tensor trace = scale * sums.trace / sums.weight;
-  const at::Tensor entering = detail::bounded_sample(trace, factor.trace(), known);
-  return at::where(entering < trace, scale * (entering / trace), scale);
+// Both sides of all parts, in as few batches as their sketch ranks allow.
+// @return (L) bool: one of the two failed.
+at::Tensor refresh(const std::vector<Commit>& parts,
+                   const at::Tensor& keep,
+                   const at::Tensor& input_scale,
+                   const at::Tensor& output_scale) {
+  std::vector<std::vector<LowRankEigen::Update>> batches;
+  std::vector<std::vector<at::Tensor>> places;  // where in `failed` each update's layers are
+  const at::Tensor failed = at::zeros(keep.sizes(), keep.options().dtype(at::kBool));
+  int64_t begin = 0;
+  const auto add = [&](LowRankEigen::Update update, const at::Tensor& place) {
+    size_t b = 0;
+    while (b < batches.size() && !batches[b].front().factor.updates_with(update.factor)) {
+      ++b;
+    }
+    if (b == batches.size()) {
+      batches.emplace_back();
+      places.emplace_back();
+    }
+    batches[b].push_back(std::move(update));
+    places[b].push_back(place);
+  };
+  for (const Commit& part : parts) {
+    const int64_t end = begin + part.factors.base_square.size(0);
+    const auto own = [&](const at::Tensor& x) { return x.slice(0, begin, end); };
+    add({part.factors.input, part.sketch.input, own(keep), own(input_scale)}, own(failed));
+    add({part.factors.output, part.sketch.output, own(keep), own(output_scale)}, own(failed));
+    begin = end;
+  }
+  for (size_t b = 0; b < batches.size(); ++b) {
+    const at::Tensor each = LowRankEigen::update_all(batches[b]);
+    int64_t at = 0;
+    for (const at::Tensor& place : places[b]) {
+      place.logical_or_(each.slice(0, at, at + place.size(0)));
+      at += place.size(0);
+    }
+  }
+  return failed;
 }
 
 }  // namespace
 
 void KroneckerFactors::commit(const CurvatureSketch& sketch, const Options& options) {
-  const auto something = [](const FactorSketch& sums, const LowRankEigen& factor) {
-    return sums.trace > detail::smallest_trace(factor.size(), factor.dtype());
+  commit_all({{*this, sketch}}, options);
+}
+
+void KroneckerFactors::commit_all(const std::vector<Commit>& parts, const Options& options) {
+  const auto of_sketch = [&](at::Tensor CurvatureSketch::* field) {
+    return joined(parts, [&](const Commit& part) { return part.sketch.*field; });
   };
-  const at::Tensor has = (sketch.input.weight > 0)
-                             .logical_and(something(sketch.input, input))
-                             .logical_and(something(sketch.output, output))
-                             .logical_and(sketch.input.trace.isfinite())
-                             .logical_and(sketch.output.trace.isfinite());
+  const auto present = [&](at::Tensor KroneckerFactors::* field) {
+    return joined(parts, [&](const Commit& part) { return part.factors.*field; });
+  };
+  const Side input(parts, &CurvatureSketch::input, &KroneckerFactors::input);
+  const Side output(parts, &CurvatureSketch::output, &KroneckerFactors::output);
+  const at::Tensor base = of_sketch(&CurvatureSketch::base_square);
+  const at::Tensor proxy = of_sketch(&CurvatureSketch::from_gradient);
+  const at::Tensor seen = present(&KroneckerFactors::seen);
+  const at::Tensor absolute = present(&KroneckerFactors::absolute);
+  const at::Tensor misses = present(&KroneckerFactors::misses);
+  const at::Tensor base_square = present(&KroneckerFactors::base_square);
+
+  const at::Tensor has = (input.weight > 0)
+                             .logical_and(input.trace > input.smallest)
+                             .logical_and(output.trace > output.smallest)
+                             .logical_and(input.trace.isfinite())
+                             .logical_and(output.trace.isfinite());
   // The gradient proxy gives way to the first observation, whose scale differs from its own.
   const at::Tensor restart =
-      has.logical_and(absolute.logical_not()).logical_and(sketch.from_gradient.logical_not());
+      has.logical_and(absolute.logical_not()).logical_and(proxy.logical_not());
   const at::Tensor count = at::where(restart, at::zeros_like(seen), seen) + 1;
   at::Tensor keep = (1 - 1 / count).clamp_max(options.factor_beta);
   keep = at::where(has, keep, at::ones_like(keep));
-
-  // The gradient proxy has no scale of its own: normalised to a mean eigenvalue of 1.
-  const auto unit = [](const FactorSketch& sums, int64_t size) {
-    return static_cast<double>(size) * sums.weight / sums.trace;
-  };
-  const at::Tensor& proxy = sketch.from_gradient;
-  const at::Tensor input_scale =
-      at::where(proxy, unit(sketch.input, input.size()), at::ones_like(keep));
-  const at::Tensor output_scale =
-      at::where(proxy, unit(sketch.output, output.size()), loss_scale_of_output(sketch, options));
   const at::Tensor known = count > 1;
-  const LowRankEigen::Update of_input{input, sketch.input, keep,
-                                      calm(input, sketch.input, input_scale, known)};
-  const LowRankEigen::Update of_output{output, sketch.output, keep,
-                                       calm(output, sketch.output, output_scale, known)};
-  const at::Tensor failures =
-      input.updates_with(output)
-          ? LowRankEigen::update_all({of_input, of_output})
-          : at::cat({LowRankEigen::update_all({of_input}), LowRankEigen::update_all({of_output})});
-  const at::Tensor failed = failures.view({2, -1}).any(0);
+  const at::Tensor observed =
+      loss_scale_of_output(output.weight, of_sketch(&CurvatureSketch::sequences), options);
+  const at::Tensor failed =
+      refresh(parts, keep, input.calm(at::where(proxy, input.unit(), at::ones_like(keep)), known),
+              output.calm(at::where(proxy, output.unit(), observed), known));
+
   // A base whose output nobody handed over counts as unobserved: negative.
-  const at::Tensor assumed = sketch.from_gradient.logical_or(sketch.base_square < 0);
+  const at::Tensor assumed = proxy.logical_or(base < 0);
+  const at::Tensor trace =
+      joined(parts, [](const Commit& part) { return part.factors.input.trace(); });  // as it is now
   const at::Tensor fresh =
-      at::where(assumed, input.trace() * (static_cast<double>(output.size()) / input.size()),
-                sketch.base_square / sketch.input.weight);
+      at::where(assumed, trace * (output.size / input.size), base / input.weight);
   const at::Tensor entering = detail::bounded_sample(fresh, base_square, known);
   const at::Tensor mixed = at::where(assumed, fresh, keep * base_square + (1 - keep) * entering);
-  base_square.copy_(at::where(has.logical_and(mixed.isfinite()), mixed, base_square));
-  seen.copy_(at::where(has, count, seen));
-  absolute.copy_(at::where(has, sketch.from_gradient.logical_not(), absolute));
-  misses.copy_(at::where(has, (misses + failed) * failed, misses));
+  const at::Tensor new_base = at::where(has.logical_and(mixed.isfinite()), mixed, base_square);
+  const at::Tensor new_seen = at::where(has, count, seen);
+  const at::Tensor new_absolute = at::where(has, proxy.logical_not(), absolute);
+  const at::Tensor new_misses = at::where(has, (misses + failed) * failed, misses);
+  int64_t begin = 0;
+  for (const Commit& part : parts) {
+    const int64_t end = begin + part.factors.base_square.size(0);
+    part.factors.base_square.copy_(new_base.slice(0, begin, end));
+    part.factors.seen.copy_(new_seen.slice(0, begin, end));
+    part.factors.absolute.copy_(new_absolute.slice(0, begin, end));
+    part.factors.misses.copy_(new_misses.slice(0, begin, end));
+    begin = end;
+  }
 }
 
 std::vector<std::pair<std::string, at::Tensor>> KroneckerFactors::named_tensors() const {

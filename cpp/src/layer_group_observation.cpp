@@ -166,43 +166,39 @@ void LayerGroup::publish() {
   }
 }
 
-void LayerGroup::commit_observations(SideStream& side) {
+std::optional<KroneckerFactors::Commit> LayerGroup::collect_observations() {
   publish();
-  Range changed = refreshing_;
+  changed_ = refreshing_;
   refreshing_ = {0, 0};
   const Range range = observed();
-  if (range.begin < range.end) {
-    KroneckerFactors view = factors_.slice(range.begin, range.end);
-    const at::Tensor ok = grad_ok_.slice(0, range.begin, range.end);
-    const auto rows = [&] {
-      auto [raw_a, raw_b] = raw_gradients(range);
-      return std::make_pair(raw_a, raw_b.mT());
-    };
-    const CurvatureSketch sketch =
-        observations_->collect(range.begin, range.end, age_, view, rows, ok);
-    if (lags(age_)) {
-      KroneckerFactors back = back_.slice(range.begin, range.end);
-      back.assign(view);
-      refreshing_ = range;
-      view = back;
-    } else {
-      changed = range;
-    }
-    std::vector<at::Tensor> tensors = sketch.tensors();
-    for (const auto& item : view.named_tensors()) {
-      tensors.push_back(item.second);
-    }
-    side.submit(view.base_square.device(), std::move(tensors),
-                [view, sketch, own = options_]() mutable { view.commit(sketch, own); });
-    if (!lags(age_)) {
-      side.join();
-    }
+  if (range.begin == range.end) {
+    return std::nullopt;
   }
+  KroneckerFactors view = factors_.slice(range.begin, range.end);
+  const at::Tensor ok = grad_ok_.slice(0, range.begin, range.end);
+  const auto rows = [&] {
+    auto [raw_a, raw_b] = raw_gradients(range);
+    return std::make_pair(raw_a, raw_b.mT());
+  };
+  const CurvatureSketch sketch =
+      observations_->collect(range.begin, range.end, age_, view, rows, ok);
+  if (lags(age_)) {
+    KroneckerFactors back = back_.slice(range.begin, range.end);
+    back.assign(view);
+    refreshing_ = range;
+    view = back;
+  } else {
+    changed_ = range;
+  }
+  return KroneckerFactors::Commit{view, sketch};
+}
+
+void LayerGroup::adopt_factors() {
   observations_->clear();
   if (ranks_ != nullptr) {
     ranks_->commit(options_.loss_scale);
   }
-  if (changed.begin < changed.end) {
+  if (changed_.begin < changed_.end) {
     refresh_metrics();
   }
   // Grams carried by the update's coefficients (apply) would drift by rounding: an eighth of the
@@ -210,8 +206,52 @@ void LayerGroup::commit_observations(SideStream& side) {
   if (!parameters_->carried()) {
     refresh_grams({0, layers()});
   } else {
-    refresh_grams(changed);
+    refresh_grams(changed_);
     refresh_grams(due(age_, kGramsEvery));
+  }
+}
+
+void LayerGroup::commit_observations(const std::vector<LayerGroup*>& groups, SideStream& side) {
+  struct Work {
+    at::Device device;
+    bool lags;
+    std::vector<KroneckerFactors::Commit> commits;
+  };
+  std::vector<Work> works;
+  for (LayerGroup* group : groups) {
+    const std::optional<KroneckerFactors::Commit> own = group->collect_observations();
+    if (own) {
+      const at::Device device = own->factors.base_square.device();
+      const bool lags = group->lags(group->age_);
+      auto work = std::find_if(works.begin(), works.end(), [&](const Work& known) {
+        return known.device == device && known.lags == lags;
+      });
+      if (work == works.end()) {
+        work = works.insert(work, {device, lags, {}});
+      }
+      work->commits.push_back(*own);
+    }
+  }
+  for (const Work& work : works) {
+    std::vector<at::Tensor> tensors;
+    for (const KroneckerFactors::Commit& commit : work.commits) {
+      for (const at::Tensor& tensor : commit.sketch.tensors()) {
+        tensors.push_back(tensor);
+      }
+      for (const auto& item : commit.factors.named_tensors()) {
+        tensors.push_back(item.second);
+      }
+    }
+    side.submit(work.device, std::move(tensors),
+                [commits = work.commits, options = groups.front()->options_] {
+                  KroneckerFactors::commit_all(commits, options);
+                });
+  }
+  if (std::any_of(works.begin(), works.end(), [](const Work& work) { return !work.lags; })) {
+    side.join();
+  }
+  for (LayerGroup* group : groups) {
+    group->adopt_factors();
   }
 }
 

@@ -69,7 +69,7 @@ TEST_CASE("curvature decay adds the gradient of 1/2 s^2 tr(PQ), decoupled from t
       warm_up(own, 3);
       own.random_gradients();
       own.group->update_momentum();
-      own.group->commit_observations(own.side);
+      ctrlora::LayerGroup::commit_observations({own.group.get()}, own.side);
       const Dense truth = dense_decay(own);
       const GroupSettings settings{.lr = 0.2, .weight_decay = 0.1};
       const ctrlora::Proposal proposal = Layers::propose(*own.group, options, settings);

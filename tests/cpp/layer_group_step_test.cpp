@@ -42,7 +42,7 @@ TEST_CASE(
   CHECK(same_bits(own.state("momentum_b").slice(0, 1), first.slice(0, 1)));
   CHECK(error(own.state("momentum_weight"), numbers({1 - 0.64, 0.2, 0.2})) < 1e-14);
   CHECK(same_bits(own.group->skipped(), at::tensor({0, 1, 0}, at::kLong)));
-  own.group->commit_observations(own.side);
+  ctrlora::LayerGroup::commit_observations({own.group.get()}, own.side);
   const ctrlora::Proposal proposal = Layers::propose(*own.group, own.options);
   CHECK(same_bits(proposal.ok, numbers({1.0, 0.0, 0.0}) > 0));
   CHECK(error(proposal.momentum_factor, 1 / numbers({1 - 0.64, 0.2, 0.2})) < 1e-14);
@@ -68,7 +68,7 @@ TEST_CASE("the update is (1 - lr wd) W + f delta, for all ranks, dtypes and size
       }
       group.update_momentum();
       ctrlora::SideStream side;
-      group.commit_observations(side);
+      LayerGroup::commit_observations({&group}, side);
       const GroupSettings settings{.lr = 0.2, .weight_decay = 0.1};
       const ctrlora::Proposal own = Layers::propose(group, options, settings);
       REQUIRE(own.ok.all().item<bool>());
@@ -128,7 +128,7 @@ TEST_CASE("Grams carried by the update's coefficients are those of the parameter
     pair.a.detach().mul_(3.0);
   }
   own.group->bind();
-  own.group->commit_observations(own.side);
+  ctrlora::LayerGroup::commit_observations({own.group.get()}, own.side);
   check(1e-12);
 }
 

@@ -142,7 +142,7 @@ TEST_CASE("observed rows become the factors; micro-batches equal the big batch")
   CHECK(parts.group->micro_batch(0) == 2);
   for (Layers* own : {&whole, &parts}) {
     own->group->update_momentum();
-    own->group->commit_observations(own->side);
+    ctrlora::LayerGroup::commit_observations({own->group.get()}, own->side);
     CHECK(own->group->micro_batch(0) == 0);
     const ctrlora::KroneckerFactors& factors = own->group->factors();
     CHECK(error(factors.input.to_dense()[0], outer(x) / 12) < 1e-12);
@@ -163,7 +163,7 @@ TEST_CASE("rows without a gradient or with bad numbers do not count") {
   g.select(0, 6).select(0, 0).fill_(-std::numeric_limits<double>::infinity());
   own.observe(0, x, g, y);
   own.group->update_momentum();
-  own.group->commit_observations(own.side);
+  ctrlora::LayerGroup::commit_observations({own.group.get()}, own.side);
   const ctrlora::KroneckerFactors& factors = own.group->factors();
   CHECK(error(factors.input.to_dense()[0], outer(x.index_select(0, good)) / 4) < 1e-12);
   CHECK(error(factors.output.to_dense()[0], outer(g.index_select(0, good)) * 4) < 1e-12);
@@ -180,7 +180,7 @@ TEST_CASE("foreign sizes are ignored, and dropped rows never arrive") {
   own.group->drop_observations();
   CHECK(own.group->micro_batch(0) == 0);
   own.group->update_momentum();
-  own.group->commit_observations(own.side);
+  ctrlora::LayerGroup::commit_observations({own.group.get()}, own.side);
   CHECK(same_bits(own.group->factors().seen, at::zeros({1}, at::kDouble)));
 }
 

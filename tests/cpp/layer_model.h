@@ -60,7 +60,7 @@ struct Layers {
   void step(const ctrlora::GroupSettings& settings = {}) {
     group->bind();
     group->update_momentum();
-    group->commit_observations(side);
+    ctrlora::LayerGroup::commit_observations({group.get()}, side);
     group->apply(propose(*group, options, settings), at::ones({1}, at::kDouble), settings);
     group->finish();
   }

@@ -56,8 +56,18 @@ class CTRLORA_API KroneckerFactors {
   /// of S as options say, unit-gain assumption for the base under the gradient proxy.
   void commit(const CurvatureSketch& sketch, const Options& options);
 
+  struct Commit;
+  /// The same for the layers of several shapes on one device, their small tensors as one batch.
+  static void commit_all(const std::vector<Commit>& parts, const Options& options);
+
   [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
   void to(const at::TensorOptions& options);
+};
+
+/// What KroneckerFactors::commit_all takes of the layers of one shape.
+struct KroneckerFactors::Commit {
+  KroneckerFactors factors;  ///< a view: what it is a view of is updated
+  CurvatureSketch sketch;
 };
 
 }  // namespace ctrlora

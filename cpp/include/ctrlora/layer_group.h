@@ -81,9 +81,10 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   void bind();
   /// M <- beta1 M + (1 - beta1) grad where the gradient exists and is finite.
   void update_momentum();
-  /// Enters what was observed since the last step into the factors, beside training if `side`
-  /// works there; then it counts from the next step on. All earlier work must have been joined.
-  void commit_observations(SideStream& side);
+  /// Enters what the groups of one engine observed since the last step into their factors, beside
+  /// training if `side` works there; then it counts from the next step on. All earlier work must
+  /// have been joined.
+  static void commit_observations(const std::vector<LayerGroup*>& groups, SideStream& side);
   /// The d-wide products of the observed layers with their raw gradients in place of the momenta;
   /// nothing if no layer is due.
   [[nodiscard]] std::optional<Measurement> measure_gradients() const;
@@ -145,6 +146,8 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   [[nodiscard]] Measurement measurement(Range range,
                                         const at::Tensor& momentum_a,
                                         const at::Tensor& momentum_b) const;
+  [[nodiscard]] std::optional<KroneckerFactors::Commit> collect_observations();
+  void adopt_factors();
   void refresh_grams(Range range);
   [[nodiscard]] bool lags(int64_t step) const;
   void publish();
@@ -178,6 +181,7 @@ class CTRLORA_API LayerGroup : public ObservationSink {
   KroneckerFactors back_;  // refreshed beside training; used only where refreshes may lag
   bool may_lag_ = false;
   Range refreshing_ = {0, 0};                // layers whose refresh is to be published
+  Range changed_ = {0, 0};                   // layers whose factors are new in this step
   SideProducts input_, output_;              // W^T W and U^T W, carried from step to step
   SideMetric input_metric_, output_metric_;  // of the factors as they are
   int64_t age_ = 0;                          // steps taken
