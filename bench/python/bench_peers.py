@@ -12,7 +12,8 @@ its work comes every tenth step its figures are means over whole periods. heavyb
 out dimensions above 2048 by its default, so on "large" it preconditions the rank alone.
 
 Whole training steps on the GPT and on MiniLM-L6 of `jobs.py`: PEFT + AdamW(fused), ours attached
-only ("ctr"), ours on fused layers ("fused"), fused and compacted to half the parameters
+only ("ctr"; "thirds" as above; "plain" observes nothing, so that it is the step alone, and the rest
+of "ctr" the observation), ours on fused layers ("fused"), fused and compacted to half the parameters
 ("compacted"), and PEFT's AdaLoRA, PEFT's Riemannian + AdamW, SINGD (kronecker factors by hooks).
 "ctr_bfloat16" keeps its bases in bfloat16. Figures are ratios within one run, all optimizers in
 turn, round by round; `bench/table.py` prints them.
@@ -90,7 +91,7 @@ def bench_training(job: str, rounds: int, peers: bool, missing: dict[str, str]) 
         "fused_over": {
             name: ratios(seconds, "fused", name)
             for name in runs
-            if name not in ("fused", "ctr", "thirds")
+            if name not in ("fused", "ctr", "thirds", "plain")
         },
         "seconds": {name: statistics.median(each) for name, each in seconds.items()},
         "targets": {"fused": 0.95, "ctr": 1.03, "compacted_over_fused": 0.97},
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--training-rounds", type=int, default=9)
     parser.add_argument("--soap-pairs", type=int, default=1)
     parser.add_argument("--jobs", nargs="*", default=["large", "small", "gpt", "minilm"])
-    parser.add_argument("--short", action="store_true", help="the issue's table in a few minutes")
+    parser.add_argument("--short", action="store_true", help="a few minutes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -187,9 +187,9 @@ class TrainingRun:
 
 
 def training_runs(job: str) -> dict[str, TrainingRun]:
-    """The job with AdamW(fused), CTROptimizer, its `factor_every` 3, and with fused layers."""
+    """The job with AdamW(fused), CTROptimizer, its other schedules, and with fused layers."""
     batch, runs = batch_of(job), {}
-    for name in ("adamw", "ctr", "thirds", "fused"):
+    for name in ("adamw", "ctr", "thirds", "plain", "fused"):
         model = MODELS[job]()
         if name == "fused":
             pyctrlora.fuse(model)
@@ -197,7 +197,7 @@ def training_runs(job: str) -> dict[str, TrainingRun]:
             parameters = [p for p in model.parameters() if p.requires_grad]
             optimizer: Any = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         else:
-            every = SCHEDULES["thirds" if name == "thirds" else "default"]
+            every = SCHEDULES.get(name, SCHEDULES["default"])
             optimizer = pyctrlora.CTROptimizer.from_model(model, lr=0.01, factor_every=every)
         runs[name] = TrainingRun(model, optimizer, batch)
     return runs

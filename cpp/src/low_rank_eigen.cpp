@@ -3,6 +3,7 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/diag_embed.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/full.h>
@@ -86,6 +87,22 @@ void LowRankEigen::start_basis(const at::Tensor& rows, const at::Tensor& where, 
   basis_.copy_(select_layers(start.ok.logical_and(where), start.basis, basis_));
 }
 
+namespace {
+
+// (L, k, d) as (L, d, k) in the memory of the basis, which the refresh works on.
+at::Tensor in_layout_of(const at::Tensor& basis, const at::Tensor& turned) {
+  if (!basis[0].is_contiguous()) {
+    return turned.mT();
+  }
+  if (turned.size(0) > 1) {
+    return turned.mT().contiguous();
+  }
+  // One layer, as in every backward: ATen turns matrices by blocks, batches number by number.
+  return turned[0].t().contiguous().unsqueeze(0);
+}
+
+}  // namespace
+
 FactorSketch LowRankEigen::sketch(const at::Tensor& rows,
                                   const at::Tensor& row_weights,
                                   const at::Tensor& squares) const {
@@ -93,7 +110,7 @@ FactorSketch LowRankEigen::sketch(const at::Tensor& rows,
   const at::Tensor coordinates = at::bmm(computed_basis().mT(), rows.mT());  // (L, k, R)
   coordinates.mul_(row_weights.to(rows.scalar_type()).unsqueeze(1));
   FactorSketch sums;
-  sums.product = at::bmm(coordinates, rows).mT();
+  sums.product = in_layout_of(basis_, at::bmm(coordinates, rows));
   sums.trace = ((squares.defined() ? squares : detail::row_squares(rows)) * row_weights).sum(-1);
   sums.weight = row_weights.sum(-1);
   return sums;
@@ -259,7 +276,9 @@ at::Tensor LowRankEigen::update_all(const std::vector<Update>& parts) {
   Slabs bases, rows;
   for (const Update& part : parts) {
     bases.push_back(part.factor.computed_basis());
-    rows.push_back(at::empty_like(bases.back()));  // in the basis' layout
+    const at::Tensor& product = part.sketch.product;
+    const bool in_place = part.sketch.disposable && product.strides() == bases.back().strides();
+    rows.push_back(in_place ? product : at::empty_like(bases.back()));  // in the basis' layout
   }
   for_each(bases, [&](size_t i, int64_t begin, int64_t end) {
     const at::Tensor& product = parts[i].sketch.product;

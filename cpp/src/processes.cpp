@@ -40,9 +40,10 @@ CurvatureSketch Processes::sum(const CurvatureSketch& own, bool mean_loss) const
   const double square = mean_loss ? 1.0 / static_cast<double>(count * count) : 1.0;
   const int64_t split = own.input.product.numel();
   CurvatureSketch out;
-  out.input = {products.slice(0, 0, split).view(own.input.product.sizes()), numbers[0], numbers[1]};
+  out.input = {products.slice(0, 0, split).view(own.input.product.sizes()), numbers[0], numbers[1],
+               /*disposable=*/true};
   out.output = {products.slice(0, split).view(own.output.product.sizes()) * square,
-                numbers[2] * square, numbers[3]};
+                numbers[2] * square, numbers[3], /*disposable=*/true};
   out.base_square = numbers[4];
   out.sequences = numbers[5];
   out.from_gradient = numbers[6] == 0;

@@ -1,6 +1,7 @@
 #include "ctrlora/kronecker_factors.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <string>
 #include <vector>
@@ -262,6 +263,49 @@ TEST_CASE("commits through a slice reach these layers alone") {
   both.commit(whole, options);
   CHECK(error(factors.input.to_dense()[1], both.input.to_dense()[1]) < 1e-12);
   CHECK(same_bits(factors.seen, numbers({0.0, 1.0})));
+}
+
+TEST_CASE("several shapes in one call end as each alone, bit for bit, one of them broken") {
+  at::manual_seed(9);
+  Options options;
+  options.sketch_rank = 3;
+  options.loss_terms = ctrlora::kLossTermsSequences;
+  std::vector<KroneckerFactors::Commit> parts;
+  std::vector<KroneckerFactors> alone;
+  // Sketch ranks (in, out) of 3 and 3, 3 and complete, complete and complete, 3 and 3.
+  for (const auto& [layers, in, out] :
+       std::vector<std::array<int64_t, 3>>{{2, 6, 5}, {1, 5, 3}, {3, 2, 3}, {2, 5, 6}}) {
+    const at::Tensor all = at::ones({layers}, at::kBool);
+    const at::Tensor x = randn({layers, 9, in}), g = randn({layers, 9, out});
+    const at::Tensor weights = at::rand({layers, 9}, at::kDouble) + 0.5;
+    KroneckerFactors factors(layers, in, out, options, at::kDouble), twin = factors;
+    for (KroneckerFactors* own : {&factors, &twin}) {
+      *own = KroneckerFactors(layers, in, out, options, at::kDouble);
+      own->input.start_basis(x, all, 0);
+      own->output.start_basis(g, all, 0);
+    }
+    CurvatureSketch sums{factors.input.sketch(x, weights), factors.output.sketch(g, weights),
+                         at::rand({layers}, at::kDouble), at::full({layers}, 3.0, at::kDouble),
+                         at::zeros({layers}, at::kBool)};
+    sums.from_gradient[0].fill_(in == 2);
+    if (in == 6) {
+      sums.input.product[1].fill_(std::numeric_limits<double>::infinity());
+    }
+    parts.push_back({factors, sums});
+    alone.push_back(twin);
+  }
+  for (int step = 0; step < 3; ++step) {
+    KroneckerFactors::commit_all(parts, options);
+    for (size_t i = 0; i < parts.size(); ++i) {
+      CAPTURE(i);
+      alone[i].commit(parts[i].sketch, options);
+      for (int64_t layer = 0; layer < alone[i].seen.size(0); ++layer) {
+        CHECK(same_layer(alone[i], state(parts[i].factors), layer));
+      }
+    }
+  }
+  // Nothing entered where a sum was infinite.
+  CHECK(same_bits(parts[0].factors.input.eigenvalues()[1], at::ones({3}, at::kDouble)));
 }
 
 TEST_CASE("failed decompositions are counted, keep the old factor, and one success forgets them") {

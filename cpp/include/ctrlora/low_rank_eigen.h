@@ -32,6 +32,8 @@ struct CTRLORA_API FactorSketch {
   at::Tensor product;  ///< (L, d, k): sum of w x (x^T U)
   at::Tensor trace;    ///< (L) float64: sum of w |x|^2
   at::Tensor weight;   ///< (L) float64: sum of w; 0 = nothing seen
+  /// Whether an update may overwrite `product` instead of allocating as much.
+  bool disposable = false;
 };
 
 class CTRLORA_API LowRankEigen {

@@ -1,6 +1,7 @@
 #include "detail/pending_observations.h"
 
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/tensor.h>
@@ -34,24 +35,47 @@ void add_sketch(FactorSketch& sums, const FactorSketch& sketch) {
 
 FactorSketch empty_sketch(const LowRankEigen& factor) {
   const at::Tensor none = at::zeros({1}, factor.trace().options());
-  return {at::zeros({1, factor.size(), factor.sketch_rank()}, factor.options()), none, none};
+  const at::Tensor basis = factor.basis().slice(0, 0, 1);
+  return {at::zeros_like(basis, factor.options()), none, none};
 }
 
-FactorSketch concatenate(const std::vector<const FactorSketch*>& parts) {
+// A slab with the layers' numbers one after the other, as all of it lies in memory.
+at::Tensor in_memory_order(const at::Tensor& slab) {
+  return slab[0].is_contiguous() ? slab : slab.mT();
+}
+
+struct Part {
+  const FactorSketch* sums;
+  at::Tensor memory;  // of the product, prepared in the backward: no call per layer in a step
+};
+
+// @param basis (L, d, k) of these layers. @param rows as wide and at least as long, or undefined:
+// where to put the products.
+FactorSketch concatenate(const std::vector<Part>& parts,
+                         const at::Tensor& basis,
+                         const at::Tensor& rows) {
   std::vector<at::Tensor> product, trace, weight;
-  for (const FactorSketch* part : parts) {
-    product.push_back(part->product);
-    trace.push_back(part->trace);
-    weight.push_back(part->weight);
+  for (const Part& part : parts) {
+    product.push_back(part.memory);
+    trace.push_back(part.sums->trace);
+    weight.push_back(part.sums->weight);
   }
-  return {at::cat(product), at::cat(trace), at::cat(weight)};
+  at::Tensor all;
+  if (rows.defined()) {
+    all = in_memory_order(rows.slice(0, 0, basis.size(0)));
+    at::cat_out(all, product);
+  } else {
+    all = at::cat(product);
+  }
+  return {basis[0].is_contiguous() ? all : all.mT(), at::cat(trace), at::cat(weight),
+          /*disposable=*/true};
 }
 
 FactorSketch select_sketch(const at::Tensor& mask,
                            const FactorSketch& yes,
                            const FactorSketch& no) {
   return {select_layers(mask, yes.product, no.product), at::where(mask, yes.trace, no.trace),
-          at::where(mask, yes.weight, no.weight)};
+          at::where(mask, yes.weight, no.weight), /*disposable=*/true};
 }
 
 // Rows that hold a non-finite number, or overflow, become zero.
@@ -174,6 +198,8 @@ void PendingObservations::add(int64_t layer,
   sums.base_square = sums.base_square.defined() ? sums.base_square + base : base;
   const at::Tensor sequences = at::full({1}, static_cast<double>(observation.sequences), numbers);
   sums.sequences = sums.sequences.defined() ? sums.sequences + sequences : sequences;
+  sums.input_memory = in_memory_order(sums.input.product);
+  sums.output_memory = in_memory_order(sums.output.product);
   sums.count += 1;
   set(started_, layer);
   set(observed_, layer);
@@ -188,7 +214,9 @@ CurvatureSketch PendingObservations::collect(int64_t begin,
   const std::lock_guard<std::mutex> lock(mutex_);
   const FactorSketch no_input = empty_sketch(factors.input);
   const FactorSketch no_output = empty_sketch(factors.output);
-  std::vector<const FactorSketch*> input, output;
+  const Part no_input_part{&no_input, in_memory_order(no_input.product)};
+  const Part no_output_part{&no_output, in_memory_order(no_output.product)};
+  std::vector<Part> input, output;
   std::vector<at::Tensor> base_square, sequences;
   std::vector<uint8_t> proxy;  // one tensor at the end: no launch per layer
   bool any_proxy = false;
@@ -197,13 +225,27 @@ CurvatureSketch PendingObservations::collect(int64_t begin,
     const bool has = sums.count > 0;
     const bool needs_proxy = !has && !is(observed_, l);
     any_proxy = any_proxy || needs_proxy;
-    input.push_back(has ? &sums.input : &no_input);
-    output.push_back(has ? &sums.output : &no_output);
+    input.push_back(has ? Part{&sums.input, sums.input_memory} : no_input_part);
+    output.push_back(has ? Part{&sums.output, sums.output_memory} : no_output_part);
     base_square.push_back(has ? sums.base_square : no_input.weight);
     sequences.push_back(has ? sums.sequences : no_input.weight);
     proxy.push_back(needs_proxy ? 1 : 0);  // with other processes: unless one of them observed it
   }
-  CurvatureSketch sketch{concatenate(input), concatenate(output), at::cat(base_square),
+  const at::Tensor& input_basis = factors.input.basis();
+  const at::Tensor& output_basis = factors.output.basis();
+  const auto room = [&](at::Tensor& rows, const LowRankEigen& factor) {
+    const at::Tensor& basis = factor.basis();
+    if (basis.is_cpu() &&
+        (!rows.defined() || rows.size(0) < basis.size(0) || rows.scalar_type() != factor.dtype())) {
+      rows = at::empty_like(basis, factor.options());
+    } else if (!basis.is_cpu()) {
+      rows.reset();
+    }
+  };
+  room(input_rows_, factors.input);
+  room(output_rows_, factors.output);
+  CurvatureSketch sketch{concatenate(input, input_basis, input_rows_),
+                         concatenate(output, output_basis, output_rows_), at::cat(base_square),
                          at::cat(sequences),
                          at::tensor(proxy, at::kByte).to(grad_ok.device(), at::kBool)};
   if (processes_ != nullptr) {

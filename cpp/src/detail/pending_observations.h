@@ -71,6 +71,7 @@ class PendingObservations {
   struct Sums {
     int64_t count = 0;
     FactorSketch input, output;
+    at::Tensor input_memory, output_memory;  // their products as they lie in memory
     at::Tensor base_square, sequences;
   };
   struct Shared {  // the last input that was sketched
@@ -97,6 +98,9 @@ class PendingObservations {
   std::vector<Sums> sums_;
   at::Tensor share_set_, started_, observed_;  // see named_tensors()
   Shared last_;
+  // Where the sums of a CPU's layers are put together: memory that is touched for the first time
+  // costs there more than what is computed on it. Devices' allocators give the same back.
+  mutable at::Tensor input_rows_, output_rows_;
 };
 
 }  // namespace ctrlora::detail

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "detail/small_matrix.h"
 #include "detail/tall_skinny.h"
@@ -35,7 +36,10 @@ NumericsGuard::~NumericsGuard() {
 
 at::Tensor finite_layers(const at::Tensor& x) {
   // A sum is finite only if every entry is, up to overflow, which counts as not finite.
-  return at::isfinite(x.flatten(1).sum(-1));
+  // Over all dimensions at once: flattened, a transposed slab would be copied.
+  std::vector<int64_t> inner(static_cast<size_t>(x.dim() - 1));
+  std::iota(inner.begin(), inner.end(), 1);
+  return at::isfinite(x.sum(inner));
 }
 
 at::Tensor select_layers(const at::Tensor& mask, const at::Tensor& yes, const at::Tensor& no) {
