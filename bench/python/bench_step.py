@@ -60,11 +60,14 @@ def kernels(shapes: Shapes, **options: Any) -> int:
 
 def launches() -> dict[str, int]:
     """By schedule, number of shapes and of layers of each shape."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as on a device: more threads decide in parts
     found = {}
     for name, every in SCHEDULES.items():
         for shapes in (((64, 64, 4),), ((64, 64, 64),), ((64, 64, 4), (128, 64, 4), (64, 128, 4))):
             key = f"{name}, shapes {len(shapes)}, layers {sum(count for _, _, count in shapes)}"
             found[key] = kernels(shapes, factor_every=every)
+    torch.set_num_threads(threads)
     return found
 
 
