@@ -145,7 +145,7 @@ class LayerObserver:
             anchored = output = output + output.new_zeros((), requires_grad=True)
         if output.requires_grad:
             for capture in captures:
-                output.register_hook(capture.complete)  # type: ignore[no-untyped-call]
+                output.register_hook(capture.complete)
         return anchored
 
     def __getstate__(self) -> dict[str, Any]:
@@ -181,6 +181,7 @@ def bases_alone(model: nn.Module, first_halves: Iterable[Tensor]) -> Iterator[No
     wanted = {id(a) for a in first_halves}
     before: list[tuple[Any, LayerObserver, Any]] = []
     try:
+        layer: Any
         for layer in model.modules():
             observer = observer_of(layer)
             active = getattr(layer, "_active_adapter", None)

@@ -12,8 +12,8 @@ its work comes every tenth step its figures are means over whole periods. heavyb
 out dimensions above 2048 by its default, so on "large" it preconditions the rank alone.
 
 Whole training steps on the GPT and on MiniLM-L6 of `jobs.py`: PEFT + AdamW(fused), ours attached
-only ("ctr"; "thirds" as above; "plain" observes nothing, so that it is the step alone, and the rest
-of "ctr" the observation), ours on fused layers ("fused"), fused and compacted to half the parameters
+only ("ctr"; "thirds" as above; "plain" observes nothing: it is the step alone, and the rest of
+"ctr" the observation), ours on fused layers ("fused"), fused and compacted to half the parameters
 ("compacted"), and PEFT's AdaLoRA, PEFT's Riemannian + AdamW, SINGD (kronecker factors by hooks).
 "ctr_bfloat16" keeps its bases in bfloat16. Figures are ratios within one run, all optimizers in
 turn, round by round; `bench/table.py` prints them.

@@ -25,9 +25,9 @@ from jobs import SCHEDULES, SHAPES, make_pairs, observing, tensors
 # Reads and writes of a pair's (m + n)·r numbers. Ours: momentum 3, Grams 3, update 4, and an eighth
 # of the Grams measured anew (W, U).
 PASSES = {"adamw": 7.0, "plain": 10.25}
-# More for an observed layer: Y gathered 2, checked 1 and scaled 2; joint Gram 2; Y and U combined 3;
-# its Gram with U 2; the new basis 3; Grams with it 2. For one whose raw direction is measured: the
-# gradient stacked 2 and multiplied 3.
+# More for an observed layer: Y gathered 2, checked 1 and scaled 2; joint Gram 2; Y and U combined
+# 3; its Gram with U 2; the new basis 3; Grams with it 2. For one whose raw direction is measured:
+# the gradient stacked 2 and multiplied 3.
 OBSERVED, SIZED = 5 + 10 + 2, 5
 FLOPS = 12.5  # times r²·(m + n): 3 Grams and 3 terms of the update, 2 r² each, and the eighth
 OBSERVED_FLOPS, SIZED_FLOPS = 22, 6  # 3, 2 terms, 2, 2 terms of the refresh, 2 Grams; 3 Grams

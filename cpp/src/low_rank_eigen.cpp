@@ -1,14 +1,11 @@
 #include "ctrlora/low_rank_eigen.h"
 
 #include <ATen/ops/bmm.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/diag_embed.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
-#include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
@@ -20,6 +17,7 @@
 #include <cmath>
 
 #include "detail/check.h"
+#include "detail/nystrom.h"
 #include "detail/philox.h"
 #include "detail/small_matrix.h"
 #include "detail/tall_skinny.h"
@@ -28,8 +26,10 @@
 namespace ctrlora {
 
 using detail::as_column;
+using detail::below;
+using detail::for_each;
 using detail::select_layers;
-using detail::small_bmm;
+using detail::Slabs;
 
 PowerCoefficients PowerCoefficients::slice(int64_t begin, int64_t end) const {
   return {tail.slice(0, begin, end), diag.slice(0, begin, end)};
@@ -116,112 +116,6 @@ FactorSketch LowRankEigen::sketch(const at::Tensor& rows,
   return sums;
 }
 
-namespace {
-
-// Slabs of several factors, whose small tensors lie below each other.
-using Slabs = std::vector<at::Tensor>;
-
-// f(i, begin, end) for each slab and its layers.
-template <typename F>
-void for_each(const Slabs& slabs, const F& f) {
-  int64_t begin = 0;
-  for (size_t i = 0; i < slabs.size(); ++i) {
-    const int64_t end = begin + slabs[i].size(0);
-    f(i, begin, end);
-    begin = end;
-  }
-}
-
-at::Tensor below(const std::vector<at::Tensor>& parts) {
-  return parts.size() == 1 ? parts.front() : at::cat(parts);
-}
-
-// Products of the present basis U and the new rows' part Y of F U, all (L, k, k).
-struct JointGram {
-  at::Tensor uu, uy, yy;
-
-  JointGram(const Slabs& bases, const Slabs& fresh) {
-    std::vector<at::Tensor> joint, own;
-    for (size_t i = 0; i < bases.size(); ++i) {
-      std::vector<at::Tensor> grams =
-          detail::tall_grams({{{bases[i], fresh[i]}, fresh[i]}, {{bases[i]}, bases[i]}});
-      joint.push_back(std::move(grams[0]));
-      own.push_back(std::move(grams[1]));
-    }
-    const int64_t k = bases.front().size(2);
-    const at::Tensor of_both = below(joint);
-    uy = of_both.slice(1, 0, k);
-    yy = of_both.slice(1, k);
-    uu = below(own);
-  }
-};
-
-at::Tensor symmetric(const at::Tensor& x) {
-  return (x + x.mT()) * 0.5;
-}
-
-struct Nystrom {
-  at::Tensor map;     // (L, k, k): the new basis is range @ map
-  at::Tensor values;  // (L, k)
-  at::Tensor ok;      // (L) bool
-};
-
-// Nystrom approximation P K^-1 P^T of F from P = F U = U kept + Y, for F of mean eigenvalue 1.
-// Everything but two combinations of U and Y is rank-space algebra on their Grams.
-// @param fresh Y; becomes the range of P, orthonormal up to the second Cholesky-QR pass.
-Nystrom nystrom(const Slabs& bases, const Slabs& fresh, const at::Tensor& kept) {
-  const double eps = bases.front().scalar_type() == at::kDouble ? 1e-15 : 1e-7;
-  const JointGram gram(bases, fresh);
-  const at::Tensor up = gram.uu * kept.unsqueeze(1) + gram.uy;       // U^T P
-  const at::Tensor yp = gram.uy.mT() * kept.unsqueeze(1) + gram.yy;  // Y^T P
-  const at::Tensor core = symmetric(up);
-  const at::Tensor square =  // (L, k) of P's columns
-      (kept.unsqueeze(-1) * up + yp).diagonal(0, -2, -1).clamp_min(0);
-
-  // Columns C_j = (P_j + mu_j U_j) / (K_jj + mu_j) are near orthonormal when U is warm. What lies
-  // below mu need not be told apart: the damping's size, or what a Gram can tell from rounding.
-  constexpr double kMu = 0.01;
-  const at::Tensor mu = (square.sqrt() * std::sqrt(10 * eps)).clamp_min(kMu);
-  const at::Tensor unit = 1 / (core.diagonal(0, -2, -1).clamp_min(0) + mu);
-  const at::Tensor of_u = ((kept + mu) * unit).unsqueeze(-1);
-  const at::Tensor of_y = unit.unsqueeze(-1);
-  const at::Tensor cross = gram.uy * of_u * of_y.mT();
-  const detail::OrthonormalMap first = detail::orthonormal_map(
-      gram.uu * of_u * of_u.mT() + cross + cross.mT() + gram.yy * of_y * of_y.mT(), eps);
-  const at::Tensor of_fresh = of_y * first.map, of_basis = of_u * first.map;
-  std::vector<at::Tensor> grams;
-  for_each(bases, [&](size_t i, int64_t begin, int64_t end) {  // Z = C first
-    detail::tall_combine(
-        {{fresh[i], of_fresh.slice(0, begin, end)}, {bases[i], of_basis.slice(0, begin, end)}});
-    grams.push_back(detail::tall_grams({{{bases[i], fresh[i]}, fresh[i]}}).front());
-  });
-  const at::Tensor joint = below(grams);
-  const at::Tensor uz = joint.slice(1, 0, kept.size(1));
-  const at::Tensor zz = joint.slice(1, kept.size(1));
-  const detail::OrthonormalMap second = detail::orthonormal_map(zz, eps);
-
-  // Of F + nu I, and nu taken off again (Tropp et al. 2017, algorithm 3): where F has next to
-  // nothing, K is the rounding of its large entries, which K^-1 would blow up. Z^T P by way of
-  // P = C / unit - mu U, C = Z first^-1, for the same reason: not from the Grams that made Z.
-  const at::Tensor nu = square.sum(-1, /*keepdim=*/true).sqrt() * (4 * eps);  // (L, 1)
-  const at::Tensor back =
-      at::linalg_solve_triangular(first.map, at::diag_embed(1 / unit), /*upper=*/true);
-  const at::Tensor projected =
-      small_bmm(second.map.mT(), small_bmm(zz, back) - uz.mT() * (mu - nu).unsqueeze(-2));
-  const detail::Cholesky cholesky = detail::robust_cholesky(core + gram.uu * nu.unsqueeze(-1), eps);
-  const at::Tensor half =
-      at::linalg_solve_triangular(cholesky.factor, projected.mT(), /*upper=*/false);
-  const at::Tensor inside = small_bmm(half.mT(), half);
-  const detail::Eigh eigh = detail::symmetric_eigh(inside);
-  return {small_bmm(second.map, eigh.vectors), eigh.values - nu,
-          first.ok.logical_and(second.ok)
-              .logical_and(cholesky.ok)
-              .logical_and(detail::finite_layers(inside))
-              .logical_and(detail::finite_layers(eigh.values))};
-}
-
-}  // namespace
-
 at::Tensor LowRankEigen::update(const FactorSketch& sketch,
                                 const at::Tensor& keep,
                                 const at::Tensor& scale) {
@@ -233,92 +127,131 @@ bool LowRankEigen::updates_with(const LowRankEigen& other) const {
          (sketch_rank() == size()) == (other.sketch_rank() == other.size());
 }
 
-at::Tensor LowRankEigen::update_all(const std::vector<Update>& parts) {
-  const auto joined = [&](const auto& field) {
-    std::vector<at::Tensor> tensors;
-    for (const Update& part : parts) {
-      tensors.push_back(field(part));
-    }
-    return below(tensors);
-  };
-  const auto number = [&](const auto& field) {  // (L) float64 of a number of each factor
-    return joined(
-        [&](const Update& part) { return at::full_like(part.factor.trace_, field(part)); });
-  };
-  const at::Tensor weight = joined([](const Update& part) { return part.sketch.weight; });
-  const at::Tensor added = joined([](const Update& part) { return part.sketch.trace; });
-  const at::Tensor keep = joined([](const Update& part) { return part.keep; });
-  const at::Tensor scale = joined([](const Update& part) { return part.scale; });
-  const at::Tensor eigenvalues =
-      joined([](const Update& part) { return part.factor.eigenvalues_; });
-  const at::Tensor present = joined([](const Update& part) { return part.factor.trace_; });
-  const at::Tensor finite =
-      joined([](const Update& part) { return detail::finite_layers(part.sketch.product); });
-  const at::Tensor size =
-      number([](const Update& part) { return static_cast<double>(part.factor.size()); });
-  const at::Tensor least = number([](const Update& part) {
-    return detail::smallest_trace(part.factor.size(), part.factor.dtype());
-  });
+namespace {
 
-  at::Tensor live = (weight > 0)
-                        .logical_and(added > least)
-                        .logical_and(keep < 1)
-                        .logical_and(finite)
-                        .logical_and((added * scale / weight).isfinite());
-  const at::Tensor fresh = at::where(live, (1 - keep) * scale / weight, at::zeros_like(keep));
-  const at::Tensor old = at::where(live, keep, at::ones_like(keep));
-  const at::Tensor trace = old * present + fresh * at::where(live, added, at::zeros_like(present));
+using Updates = std::vector<LowRankEigen::Update>;
 
-  // In units of the mean eigenvalue, so that squares of small gradients stay in range.
-  const at::Tensor mean = (trace / size).clamp_min(1e-300);
-  const at::Tensor kept = (old / mean).unsqueeze(-1) * eigenvalues;
-  const at::Tensor unit = fresh / mean;
-  Slabs bases, rows;
-  for (const Update& part : parts) {
-    bases.push_back(part.factor.computed_basis());
-    const at::Tensor& product = part.sketch.product;
-    const bool in_place = part.sketch.disposable && product.strides() == bases.back().strides();
-    rows.push_back(in_place ? product : at::empty_like(bases.back()));  // in the basis' layout
+// The small tensors of all parts, below each other; (L) float64 unless said otherwise.
+struct JoinedUpdates {
+  at::Tensor live;           // (L) bool: something enters
+  at::Tensor fresh, old;     // shares of what enters and of what is there
+  at::Tensor size;           // d
+  at::Tensor present, next;  // traces
+  at::Tensor eigenvalues;    // (L, k)
+
+  explicit JoinedUpdates(const Updates& parts) {
+    const auto joined = [&](const auto& field) {
+      std::vector<at::Tensor> tensors;
+      tensors.reserve(parts.size());
+      for (const LowRankEigen::Update& part : parts) {
+        tensors.push_back(field(part));
+      }
+      return below(tensors);
+    };
+    const auto number = [&](const auto& field) {  // one of each factor
+      return joined(
+          [&](const auto& part) { return at::full_like(part.factor.trace(), field(part.factor)); });
+    };
+    const at::Tensor weight = joined([](const auto& part) { return part.sketch.weight; });
+    const at::Tensor trace = joined([](const auto& part) { return part.sketch.trace; });
+    const at::Tensor keep = joined([](const auto& part) { return part.keep; });
+    const at::Tensor scale = joined([](const auto& part) { return part.scale; });
+    const at::Tensor finite =
+        joined([](const auto& part) { return detail::finite_layers(part.sketch.product); });
+    const at::Tensor least = number([](const LowRankEigen& factor) {
+      return detail::smallest_trace(factor.size(), factor.dtype());
+    });
+    size = number([](const LowRankEigen& factor) { return static_cast<double>(factor.size()); });
+    eigenvalues = joined([](const auto& part) { return part.factor.eigenvalues(); });
+    present = joined([](const auto& part) { return part.factor.trace(); });
+    live = (weight > 0)
+               .logical_and(trace > least)
+               .logical_and(keep < 1)
+               .logical_and(finite)
+               .logical_and((trace * scale / weight).isfinite());
+    fresh = at::where(live, (1 - keep) * scale / weight, at::zeros_like(keep));
+    old = at::where(live, keep, at::ones_like(keep));
+    next = old * present + fresh * at::where(live, trace, at::zeros_like(present));
   }
+};
+
+// The parts' Y, times `unit` (L): in the bases' layout.
+Slabs scaled_products(const Updates& parts,
+                      const Slabs& bases,
+                      const at::Tensor& live,
+                      const at::Tensor& unit) {
+  Slabs rows;
   for_each(bases, [&](size_t i, int64_t begin, int64_t end) {
     const at::Tensor& product = parts[i].sketch.product;
+    const bool in_place = parts[i].sketch.disposable && product.strides() == bases[i].strides();
+    at::Tensor out = in_place ? product : at::empty_like(bases[i]);
     const at::Tensor enters = live.slice(0, begin, end);
-    at::mul_out(rows[i],
+    at::mul_out(out,
                 detail::known_to_be_true(enters)
                     ? product
                     : select_layers(enters, product, at::zeros({}, product.options())),
-                as_column(unit.slice(0, begin, end)).to(rows[i].scalar_type()));
+                as_column(unit.slice(0, begin, end)).to(out.scalar_type()));
+    rows.push_back(out);
   });
+  return rows;
+}
+
+// The next bases as combinations of U and Y, and eigenvalues in units of the mean one.
+struct Refreshed {
+  at::Tensor live;               // (L) bool: the decomposition is sound
+  at::Tensor of_basis, of_rows;  // (L, k, k); of_rows undefined for complete bases
+  at::Tensor values;             // (L, k)
+};
+
+Refreshed refresh(const Slabs& bases,
+                  const Slabs& rows,
+                  const at::Tensor& kept,
+                  const at::Tensor& size) {
+  if (bases.front().size(1) == bases.front().size(2)) {  // complete: K is the factor itself
+    const detail::JointGram gram(bases, rows);
+    const at::Tensor core = detail::symmetric(gram.uu * kept.unsqueeze(1) + gram.uy);
+    const detail::Eigh eigh = detail::symmetric_eigh(core);
+    return {detail::finite_layers(core).logical_and(detail::finite_layers(eigh.values)),
+            eigh.vectors,
+            {},
+            eigh.values};
+  }
+  const detail::Nystrom next = detail::nystrom(bases, rows, kept);
+  // It is below F: a sum above the trace is a decomposition that went wrong.
+  return {next.ok.logical_and(next.values.sum(-1) < 1.01 * size), at::zeros({}, kept.options()),
+          next.map, next.values};
+}
+
+}  // namespace
+
+at::Tensor LowRankEigen::update_all(const std::vector<Update>& parts) {
+  const JoinedUpdates joined(parts);
+  // In units of the mean eigenvalue, so that squares of small gradients stay in range.
+  const at::Tensor mean = (joined.next / joined.size).clamp_min(1e-300);
+  const at::Tensor kept = (joined.old / mean).unsqueeze(-1) * joined.eigenvalues;
+  Slabs bases;
+  bases.reserve(parts.size());
+  for (const Update& part : parts) {
+    bases.push_back(part.factor.computed_basis());
+  }
+  const Slabs rows = scaled_products(parts, bases, joined.live, joined.fresh / mean);
+  const Refreshed next = refresh(bases, rows, kept, joined.size);
+  const at::Tensor live = joined.live.logical_and(next.live);
+  const at::Tensor identity = at::eye(kept.size(1), kept.options()).expand({kept.size(0), -1, -1});
+  const at::Tensor of_basis = select_layers(live, next.of_basis, identity);
+  const at::Tensor of_rows = next.of_rows.defined()
+                                 ? select_layers(live, next.of_rows, at::zeros({}, kept.options()))
+                                 : at::Tensor();
+  const at::Tensor values =
+      select_layers(live, next.values.clamp_min(0) * mean.unsqueeze(-1), joined.eigenvalues);
+  const at::Tensor trace = at::where(live, joined.next, joined.present);
+  const at::Tensor failed = (joined.fresh > 0).logical_and(live.logical_not());
   // All that may throw (no memory) comes before a factor's first write, so that it is as it was or
   // whole: tall_combine allocates, then writes.
-  const int64_t k = kept.size(1);
-  const at::Tensor identity = at::eye(k, kept.options()).expand({kept.size(0), -1, -1});
-  const bool complete = k == parts.front().factor.size();
-  at::Tensor values, of_basis, of_rows;
-  if (complete) {  // K is the factor itself
-    const JointGram gram(bases, rows);
-    const at::Tensor core = symmetric(gram.uu * kept.unsqueeze(1) + gram.uy);
-    const detail::Eigh eigh = detail::symmetric_eigh(core);
-    live = live.logical_and(detail::finite_layers(core))
-               .logical_and(detail::finite_layers(eigh.values));
-    of_basis = select_layers(live, eigh.vectors, identity);
-    values = eigh.values;
-  } else {
-    const Nystrom next = nystrom(bases, rows, kept);
-    // It is below F: a sum above the trace is a decomposition that went wrong.
-    live = live.logical_and(next.ok).logical_and(next.values.sum(-1) < 1.01 * size);
-    const at::Tensor zero = at::zeros({}, kept.options());
-    of_basis = select_layers(live, zero, identity);
-    of_rows = select_layers(live, next.map, zero);
-    values = next.values;
-  }
-  values = select_layers(live, values.clamp_min(0) * mean.unsqueeze(-1), eigenvalues);
-  const at::Tensor whole = at::where(live, trace, present);
-  const at::Tensor failed = (fresh > 0).logical_and(live.logical_not());
   for_each(bases, [&](size_t i, int64_t begin, int64_t end) {
     const auto part = [&](const at::Tensor& x) { return x.slice(0, begin, end); };
     std::vector<detail::Term> terms = {{bases[i], part(of_basis)}};
-    if (!complete) {
+    if (of_rows.defined()) {
       terms.push_back({rows[i], part(of_rows)});
     }
     detail::tall_combine(terms);
@@ -327,7 +260,7 @@ at::Tensor LowRankEigen::update_all(const std::vector<Update>& parts) {
       factor.basis_.copy_(bases[i]);
     }
     factor.eigenvalues_.copy_(part(values));
-    factor.trace_.copy_(part(whole));
+    factor.trace_.copy_(part(trace));
   });
   return failed;
 }

@@ -202,7 +202,8 @@ def test_beside_a_cuda_torch_no_toolkit_is_asked_for(tmp_path):
     )
     (project / "main.cpp").write_text(
         '#include "ctrlora/engine.h"\n'
-        "int main() { return static_cast<int>(ctrlora::Engine(ctrlora::Options{}).ranks().size()); }\n"
+        "int main() {\n"
+        "  return static_cast<int>(ctrlora::Engine(ctrlora::Options{}).ranks().size());\n}\n"
     )
     build = tmp_path / "build"
     prefix = f"-DCMAKE_PREFIX_PATH={package / 'share' / 'cmake'}"

@@ -86,8 +86,8 @@ def test_peft_and_own_layers_get_the_same(net, steps, trained):
         model = net(kind)
         run(model, steps(model))
         results.append(list(trained(model).values()))
-    for own, peft in zip(*results, strict=True):
-        torch.testing.assert_close(own, peft, rtol=1e-6, atol=1e-9)
+    for own, pefts in zip(*results, strict=True):
+        torch.testing.assert_close(own, pefts, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["own", "peft"])

@@ -220,15 +220,9 @@ class Reference:
     def __init__(self, layers: list[Layer], settings: Settings) -> None:
         self.layers, self.settings, self.kl, self.phi = layers, settings, 0.0, 1.0
 
-    def wanted(self, layer: Layer) -> bool:
+    def wanted(self, layer: Layer, least: int = 1) -> bool:
         """§2 Schedule: all at first, then a contiguous part of the layers of one shape a step."""
-        return self._due(layer, self.settings.factor_every)
-
-    def measured(self, layer: Layer) -> bool:
-        """The same for the raw direction: every third step at most."""
-        return self._due(layer, max(3, self.settings.factor_every))
-
-    def _due(self, layer: Layer, every: int) -> bool:
+        every = max(least, self.settings.factor_every)
         kind = layer.group, layer.a.shape, layer.b.shape
         peers = [i for i in self.layers if (i.group, i.a.shape, i.b.shape) == kind]
         part = peers.index(layer) * every // len(peers)
@@ -277,7 +271,7 @@ class Reference:
         m_a, m_b = (m / (1 - o.beta1**layer.updates) for m in (layer.momentum_a, layer.momentum_b))
         d_a, d_b = direction(layer, m_a, m_b, o)
         layer.predicted = -float((m_a * d_a).sum() + (m_b * d_b).sum())
-        if self.measured(layer):
+        if self.wanted(layer, least=3):
             raw = quartic(layer, *direction(layer, g_a, g_b, o), eye, omega)
             # Right after a restart of the factors the mean is in another metric's units.
             known = layer.rms_mean(o) if layer.input_factor.seen > 1 else 0.0

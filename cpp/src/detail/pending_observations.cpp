@@ -49,11 +49,12 @@ struct Part {
   at::Tensor memory;  // of the product, prepared in the backward: no call per layer in a step
 };
 
-// @param basis (L, d, k) of these layers. @param rows as wide and at least as long, or undefined:
-// where to put the products.
+// @param factor of these layers. @param rows where to put the products on a CPU, kept for the next
+// time.
 FactorSketch concatenate(const std::vector<Part>& parts,
-                         const at::Tensor& basis,
-                         const at::Tensor& rows) {
+                         const LowRankEigen& factor,
+                         at::Tensor& rows) {
+  const at::Tensor& basis = factor.basis();
   std::vector<at::Tensor> product, trace, weight;
   for (const Part& part : parts) {
     product.push_back(part.memory);
@@ -61,10 +62,14 @@ FactorSketch concatenate(const std::vector<Part>& parts,
     weight.push_back(part.sums->weight);
   }
   at::Tensor all;
-  if (rows.defined()) {
+  if (basis.is_cpu()) {
+    if (!rows.defined() || rows.size(0) < basis.size(0) || rows.scalar_type() != factor.dtype()) {
+      rows = at::empty_like(basis, factor.options());
+    }
     all = in_memory_order(rows.slice(0, 0, basis.size(0)));
     at::cat_out(all, product);
   } else {
+    rows.reset();
     all = at::cat(product);
   }
   return {basis[0].is_contiguous() ? all : all.mT(), at::cat(trace), at::cat(weight),
@@ -231,21 +236,8 @@ CurvatureSketch PendingObservations::collect(int64_t begin,
     sequences.push_back(has ? sums.sequences : no_input.weight);
     proxy.push_back(needs_proxy ? 1 : 0);  // with other processes: unless one of them observed it
   }
-  const at::Tensor& input_basis = factors.input.basis();
-  const at::Tensor& output_basis = factors.output.basis();
-  const auto room = [&](at::Tensor& rows, const LowRankEigen& factor) {
-    const at::Tensor& basis = factor.basis();
-    if (basis.is_cpu() &&
-        (!rows.defined() || rows.size(0) < basis.size(0) || rows.scalar_type() != factor.dtype())) {
-      rows = at::empty_like(basis, factor.options());
-    } else if (!basis.is_cpu()) {
-      rows.reset();
-    }
-  };
-  room(input_rows_, factors.input);
-  room(output_rows_, factors.output);
-  CurvatureSketch sketch{concatenate(input, input_basis, input_rows_),
-                         concatenate(output, output_basis, output_rows_), at::cat(base_square),
+  CurvatureSketch sketch{concatenate(input, factors.input, input_rows_),
+                         concatenate(output, factors.output, output_rows_), at::cat(base_square),
                          at::cat(sequences),
                          at::tensor(proxy, at::kByte).to(grad_ok.device(), at::kBool)};
   if (processes_ != nullptr) {
