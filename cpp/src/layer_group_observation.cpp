@@ -186,7 +186,7 @@ std::optional<KroneckerFactors::Commit> LayerGroup::collect_observations() {
     KroneckerFactors back = back_.slice(range.begin, range.end);
     back.assign(view);
     refreshing_ = range;
-    view = back;
+    view = std::move(back);
   } else {
     changed_ = range;
   }

@@ -84,8 +84,20 @@ DirectionSquare Direction::square() const {
 }
 
 Direction Direction::slice(int64_t begin, int64_t end) const {
-  return {step.slice(begin, end), input_grams.slice(begin, end), output_grams.slice(begin, end),
-          input_omega.slice(begin, end), output_norm.slice(begin, end)};
+  const auto part = [&](const at::Tensor& x) { return x.slice(0, begin, end); };
+  return {step.slice(begin, end),
+          input_grams.slice(begin, end),
+          output_grams.slice(begin, end),
+          {part(input_omega.ww), part(input_omega.wd), part(input_omega.dd)},
+          output_norm.slice(begin, end)};
+}
+
+DirectionSquare direction_square(const Measurement& measured, const Options& options) {
+  return direction(measured, options).square();
+}
+
+Proposal propose(const Measurement& measured, const Options& options) {
+  return propose(measured, direction(measured, options), options);
 }
 
 Proposal propose(const Measurement& measured, const Direction& direction, const Options& options) {

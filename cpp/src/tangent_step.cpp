@@ -249,10 +249,6 @@ TangentStep TangentStep::slice(int64_t begin, int64_t end) const {
           ok.slice(0, begin, end)};
 }
 
-StepGrams StepGrams::slice(int64_t begin, int64_t end) const {
-  return {ww.slice(0, begin, end), wd.slice(0, begin, end), dd.slice(0, begin, end)};
-}
-
 PlainStepGrams PlainStepGrams::slice(int64_t begin, int64_t end) const {
   PlainStepGrams view;
   view.ww = ww.slice(0, begin, end);

@@ -68,10 +68,9 @@ struct Layers {
                                    const ctrlora::Options& options,
                                    const ctrlora::GroupSettings& settings = {}) {
     if (const auto gradients = group.measure_gradients()) {
-      group.update_rms(ctrlora::direction(*gradients, options).square());
+      group.update_rms(ctrlora::direction_square(*gradients, options));
     }
-    const ctrlora::Measurement measured = group.measure(settings);
-    return ctrlora::propose(measured, ctrlora::direction(measured, options), options);
+    return ctrlora::propose(group.measure(settings), options);
   }
 };
 

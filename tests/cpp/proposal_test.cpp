@@ -73,16 +73,12 @@ at::Tensor square(const at::Tensor& left, const at::Tensor& change, const at::Te
   return (matmul(left, change) * matmul(change, right)).sum({1, 2});
 }
 
-Proposal propose(const Measurement& measured, const Options& options) {
-  return ctrlora::propose(measured, ctrlora::direction(measured, options), options);
-}
-
 }  // namespace
 
 TEST_CASE("the proposal ends inside the output ball and predicts both norms of the true change") {
   at::manual_seed(0);
   const Layers own(6, 8, 7);
-  const Proposal got = propose(own.measured, {});
+  const Proposal got = ctrlora::propose(own.measured, {});
   REQUIRE(got.ok.all().item<bool>());
   const at::Tensor change = own.change(got, got.length), half = own.change(got, got.length * 0.5);
   const at::Tensor omega = dense(own.omega), s = dense(own.s), eye = at::eye(8, at::kDouble);
@@ -102,7 +98,7 @@ TEST_CASE("step_length \"radius\" fills the ball up to the cross term") {
   own.measured.radius = at::full({4}, 1e-4, at::kDouble);  // so small that there is none
   Options options;
   options.step_length = "radius";
-  const Proposal got = propose(own.measured, options);
+  const Proposal got = ctrlora::propose(own.measured, options);
   CHECK(error(got.output_norm(got.length).sqrt(), own.measured.radius) < 1e-3);
 }
 
@@ -113,7 +109,7 @@ TEST_CASE("step_length \"newton\" is the minimum of the model along the step, in
   own.measured.absolute = numbers({1, 1, 1, 1, 0}) > 0;
   Options options;
   options.step_length = "newton";
-  const Proposal got = propose(own.measured, options);
+  const Proposal got = ctrlora::propose(own.measured, options);
   REQUIRE(got.ok.all().item<bool>());
   const at::Tensor factor = own.measured.momentum_factor.view({-1, 1, 1});
   const at::Tensor ma = own.momentum_a * factor, mb = own.momentum_b * factor;
@@ -132,10 +128,10 @@ TEST_CASE("step_length \"newton\" is the minimum of the model along the step, in
 TEST_CASE("layers of two widths below each other get what they get alone") {
   at::manual_seed(2);
   const Layers first(3, 8, 7), second(2, 5, 11);
-  const Proposal both = propose(Measurement::cat({first.measured, second.measured}), {});
+  const Proposal both = ctrlora::propose(Measurement::cat({first.measured, second.measured}), {});
   int64_t begin = 0;
   for (const Layers* own : {&first, &second}) {
-    const Proposal alone = propose(own->measured, {});
+    const Proposal alone = ctrlora::propose(own->measured, {});
     const int64_t end = begin + own->a.size(0);
     const Proposal part = both.slice(begin, end);
     CHECK(error(part.step.a.momentum, alone.step.a.momentum) < 1e-14);
@@ -157,7 +153,7 @@ TEST_CASE("a layer without a gradient, without a size yet, or with bad numbers s
   own.measured.direction_rms.select(0, 2).fill_(0.0);
   own.measured.input.mm.select(0, 3).fill_(std::numeric_limits<double>::quiet_NaN());
   own.measured.absolute.select(0, 4).fill_(false);
-  const Proposal got = propose(own.measured, {});
+  const Proposal got = ctrlora::propose(own.measured, {});
   CHECK(same_bits(got.ok, numbers({1, 0, 0, 0, 1}) > 0));
   CHECK(same_bits(got.length > 0, got.ok));
   CHECK(same_bits(got.sound, numbers({1, 1, 1, 0, 1}) > 0));  // what decays, what counts as a miss
@@ -168,8 +164,8 @@ TEST_CASE("a layer without a gradient, without a size yet, or with bad numbers s
 TEST_CASE("the direction's square is that of the tangent step") {
   at::manual_seed(4);
   const Layers own(4, 8, 7);
-  const ctrlora::DirectionSquare got = ctrlora::direction(own.measured, {}).square();
-  const Proposal step = propose(own.measured, {});
+  const ctrlora::DirectionSquare got = ctrlora::direction_square(own.measured, {});
+  const Proposal step = ctrlora::propose(own.measured, {});
   CHECK(got.ok.all().item<bool>());
   CHECK(error(got.square, step.output_norm.c2) < 1e-14);
   const at::Tensor tiny = at::full({4}, 1e-7, at::kDouble);

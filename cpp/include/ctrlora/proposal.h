@@ -70,7 +70,11 @@ struct CTRLORA_API Direction {
 
 CTRLORA_API Direction direction(const Measurement& measured, const Options& options);
 
-/// @param direction of `measured`.
+/// Squared size of that direction alone.
+CTRLORA_API DirectionSquare direction_square(const Measurement& measured, const Options& options);
+
+CTRLORA_API Proposal propose(const Measurement& measured, const Options& options);
+/// @param direction of `measured`, for who has it already.
 CTRLORA_API Proposal propose(const Measurement& measured,
                              const Direction& direction,
                              const Options& options);

@@ -100,8 +100,6 @@ struct CTRLORA_API StepGrams {
   at::Tensor ww;  ///< (L, r, r) W^T N W
   at::Tensor wd;  ///< (L, r, r) W^T N delta
   at::Tensor dd;  ///< (L, r, r) delta^T N delta
-
-  [[nodiscard]] StepGrams slice(int64_t begin, int64_t end) const;
 };
 
 /// The same for N = I, with the basis' products: what the Grams in any metric follow from.
