@@ -22,6 +22,8 @@ at::Tensor symmetric(const at::Tensor& x) {
 
 JointGram::JointGram(const Slabs& bases, const Slabs& fresh) {
   std::vector<at::Tensor> joint, own;
+  joint.reserve(bases.size());
+  own.reserve(bases.size());
   for (size_t i = 0; i < bases.size(); ++i) {
     std::vector<at::Tensor> grams =
         detail::tall_grams({{{bases[i], fresh[i]}, fresh[i]}, {{bases[i]}, bases[i]}});

@@ -56,6 +56,9 @@ FactorSketch concatenate(const std::vector<Part>& parts,
                          at::Tensor& rows) {
   const at::Tensor& basis = factor.basis();
   std::vector<at::Tensor> product, trace, weight;
+  for (std::vector<at::Tensor>* list : {&product, &trace, &weight}) {
+    list->reserve(parts.size());
+  }
   for (const Part& part : parts) {
     product.push_back(part.memory);
     trace.push_back(part.sums->trace);

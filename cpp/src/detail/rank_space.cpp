@@ -56,6 +56,7 @@ std::vector<RankSpace> RankSpace::sort(const std::vector<Member>& members) {
 
 RankSpace::Measured RankSpace::measure() const {
   Measured out;
+  out.parts.reserve(2 * members_.size());
   for (const Member& member : members_) {
     out.parts.push_back(member.group->measure(member.settings));
   }
@@ -88,6 +89,7 @@ void RankSpace::decide(const Measured& measured, const Options& options) {
     begin = end;
   }
   std::vector<at::Tensor> rms;
+  rms.reserve(members_.size());
   for (const Member& member : members_) {
     rms.push_back(member.group->direction_rms());
   }
