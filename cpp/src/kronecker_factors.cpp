@@ -1,6 +1,5 @@
 #include "ctrlora/kronecker_factors.h"
 
-#include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/ones_like.h>
@@ -56,21 +55,8 @@ void KroneckerFactors::assign(const KroneckerFactors& other) {
 
 namespace {
 
+using detail::joined;
 using Commit = KroneckerFactors::Commit;
-
-// A tensor of every part, below each other.
-template <typename Field>
-at::Tensor joined(const std::vector<Commit>& parts, const Field& field) {
-  if (parts.size() == 1) {
-    return field(parts.front());
-  }
-  std::vector<at::Tensor> tensors;
-  tensors.reserve(parts.size());
-  for (const Commit& part : parts) {
-    tensors.push_back(field(part));
-  }
-  return at::cat(tensors);
-}
 
 // One side's sums and what it has so far, of all layers.
 struct Side {

@@ -26,7 +26,6 @@
 namespace ctrlora {
 
 using detail::as_column;
-using detail::below;
 using detail::for_each;
 using detail::select_layers;
 using detail::Slabs;
@@ -140,14 +139,7 @@ struct JoinedUpdates {
   at::Tensor eigenvalues;    // (L, k)
 
   explicit JoinedUpdates(const Updates& parts) {
-    const auto joined = [&](const auto& field) {
-      std::vector<at::Tensor> tensors;
-      tensors.reserve(parts.size());
-      for (const LowRankEigen::Update& part : parts) {
-        tensors.push_back(field(part));
-      }
-      return below(tensors);
-    };
+    const auto joined = [&](const auto& field) { return detail::joined(parts, field); };
     const auto number = [&](const auto& field) {  // one of each factor
       return joined(
           [&](const auto& part) { return at::full_like(part.factor.trace(), field(part.factor)); });

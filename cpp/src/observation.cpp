@@ -66,7 +66,7 @@ at::Tensor RowSampler::fill(InputRows& place,
                             const at::Tensor& flat,
                             const at::Tensor& rows,
                             bool saved) {
-  const std::scoped_lock lock(mutex_, place.mutex);
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (!place.values.defined() && flat.defined()) {
     const bool reference = saved || keep_references_;
     place.values = rows.defined() ? flat.index_select(0, rows) : reference ? flat : flat.clone();

@@ -30,9 +30,9 @@ struct CTRLORA_API Observation {
 };
 
 /// Sampled rows of one input tensor, for all layers that receive it in turn (q/k/v, gate/up): by
-/// their identity sketches are shared. Empty until the first of them has the input at hand.
+/// their identity sketches are shared. Empty until the first of them has the input at hand. Filled
+/// by its sampler alone.
 struct CTRLORA_API InputRows {
-  std::mutex mutex;
   at::Tensor values;    ///< (R, n)
   int64_t version = 0;  ///< of `values` when they were taken
 };

@@ -1,6 +1,5 @@
 #include "detail/nystrom.h"
 
-#include <ATen/ops/cat.h>
 #include <ATen/ops/diag_embed.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 
@@ -12,10 +11,6 @@
 
 namespace ctrlora::detail {
 
-at::Tensor below(const std::vector<at::Tensor>& parts) {
-  return parts.size() == 1 ? parts.front() : at::cat(parts);
-}
-
 at::Tensor symmetric(const at::Tensor& x) {
   return (x + x.mT()) * 0.5;
 }
@@ -26,7 +21,7 @@ JointGram::JointGram(const Slabs& bases, const Slabs& fresh) {
   own.reserve(bases.size());
   for (size_t i = 0; i < bases.size(); ++i) {
     std::vector<at::Tensor> grams =
-        detail::tall_grams({{{bases[i], fresh[i]}, fresh[i]}, {{bases[i]}, bases[i]}});
+        tall_grams({{{bases[i], fresh[i]}, fresh[i]}, {{bases[i]}, bases[i]}});
     joint.push_back(std::move(grams[0]));
     own.push_back(std::move(grams[1]));
   }

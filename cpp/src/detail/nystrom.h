@@ -22,8 +22,6 @@ void for_each(const Slabs& slabs, const F& f) {
   }
 }
 
-at::Tensor below(const std::vector<at::Tensor>& parts);
-
 /// (x + x^T) / 2.
 at::Tensor symmetric(const at::Tensor& x);
 

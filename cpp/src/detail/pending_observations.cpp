@@ -218,7 +218,7 @@ CurvatureSketch PendingObservations::collect(int64_t begin,
                                              int64_t age,
                                              KroneckerFactors& factors,
                                              const GradientRows& gradient_rows,
-                                             const at::Tensor& grad_ok) const {
+                                             const at::Tensor& grad_ok) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const FactorSketch no_input = empty_sketch(factors.input);
   const FactorSketch no_output = empty_sketch(factors.output);

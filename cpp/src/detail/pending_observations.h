@@ -46,7 +46,7 @@ class PendingObservations {
                                         int64_t age,
                                         KroneckerFactors& factors,
                                         const GradientRows& gradient_rows,
-                                        const at::Tensor& grad_ok) const;
+                                        const at::Tensor& grad_ok);
 
   /// Forgets the sums (a step was taken, or the rows belong to a step that will not be).
   void clear();
@@ -100,7 +100,7 @@ class PendingObservations {
   Shared last_;
   // Where the sums of a CPU's layers are put together: memory that is touched for the first time
   // costs there more than what is computed on it. Devices' allocators give the same back.
-  mutable at::Tensor input_rows_, output_rows_;
+  at::Tensor input_rows_, output_rows_;
 };
 
 }  // namespace ctrlora::detail

@@ -34,6 +34,10 @@ NumericsGuard::~NumericsGuard() {
   delete guards_;
 }
 
+at::Tensor below(const std::vector<at::Tensor>& parts) {
+  return parts.size() == 1 ? parts.front() : at::cat(parts);
+}
+
 at::Tensor finite_layers(const at::Tensor& x) {
   // A sum is finite only if every entry is, up to overflow, which counts as not finite.
   // Over all dimensions at once: flattened, a transposed slab would be copied.

@@ -44,6 +44,20 @@ at::Tensor cat(const std::vector<T>& parts, at::Tensor T::* field) {
   return at::cat(tensors, 0);
 }
 
+/// Tensors along the layer dimension; a single one as it is.
+at::Tensor below(const std::vector<at::Tensor>& parts);
+
+/// The same of field(part) for several structs.
+template <typename T, typename Field>
+at::Tensor joined(const std::vector<T>& parts, const Field& field) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(parts.size());
+  for (const T& part : parts) {
+    tensors.push_back(field(part));
+  }
+  return below(tensors);
+}
+
 /// Sum of x * y over all but the layer dimension.
 at::Tensor inner(const at::Tensor& x, const at::Tensor& y);
 
