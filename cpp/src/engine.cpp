@@ -28,7 +28,7 @@ struct Engine::StepReport {
 };
 
 Engine::Engine(const Options& options)
-    : options_(options), side_stream_(options.overlap), report_(std::make_unique<StepReport>()) {
+    : options_(options), report_(std::make_unique<StepReport>()), side_stream_(options.overlap) {
   options_.validate();
   sampler_ = std::make_shared<RowSampler>(options_.sample_rows, options_.seed);
 }

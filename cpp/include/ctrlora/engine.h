@@ -129,7 +129,6 @@ class CTRLORA_API Engine {
   void hand_to_adamw(const LoraPair& pair, int64_t group);
 
   Options options_;
-  mutable SideStream side_stream_;
   std::shared_ptr<RowSampler> sampler_;
   std::vector<std::shared_ptr<LayerGroup>> groups_;
   std::vector<std::unique_ptr<detail::AdamW>> fallbacks_;
@@ -141,6 +140,7 @@ class CTRLORA_API Engine {
   std::unique_ptr<detail::Trial> trial_;  // null: the step is not checked
   RadiusControl radius_;
   int64_t steps_ = 0;
+  mutable SideStream side_stream_;  // last: work under way ends before what it writes to goes
 };
 
 }  // namespace ctrlora
