@@ -7,8 +7,8 @@ Two processes over gloo. Bytes are those handed to all_reduce by one process; a 
 P. Neither does it depend on the layers' width: both are proportional to it.
 
 "refreshes": what there is to divide between processes. In one process, 56 pairs of a 7B model's
-shapes, r = k = 16, one thread: time of a `step()` in which a twelfth of the layers is refreshed,
-the schedule of several processes, over one in which none is.
+shapes, one thread, r = k of 16 and 64: time of a `step()` in which a twelfth of the layers is
+refreshed, the schedule of several processes, over one in which none is.
 """
 
 # No postponed annotations: DDP reads those of the hook.
@@ -111,15 +111,17 @@ def measure(case: dict[str, Any], count: int) -> dict[str, Any]:
     return found
 
 
-def refreshes(rounds: int) -> dict[str, float]:
+def refreshes(rank: int, rounds: int) -> dict[str, float]:
     """`step()` with a twelfth of the layers refreshed over one without."""
     torch.set_num_threads(1)
     runs, prepare = {}, {}
     for name, every in (("twelfths", 12), ("none", 10**6)):
-        optimizer, prepare[name] = observing(SHAPES, factor_every=every)
+        optimizer, prepare[name] = observing(SHAPES, rank, factor_every=every)
         runs[name] = optimizer.step
     found = ratios(interleaved(runs, rounds, prepare=prepare), "twelfths", "none")
-    print(f"a step with a twelfth of the refreshes: {found['median']:.2f} of one without")
+    print(
+        f"r = {rank}: a step with a twelfth of the refreshes: {found['median']:.2f} of one without"
+    )
     return found
 
 
@@ -137,7 +139,8 @@ def main() -> None:
         for rank, budget in cases
     ]
     model = {"width": WIDTH, "layers": LAYERS, "processes": args.processes}
-    found = {"model": model, "target": TARGET, "runs": runs, "refreshes": refreshes(args.rounds)}
+    refreshing = {f"r={rank}": refreshes(rank, args.rounds) for rank in (16, 64)}
+    found = {"model": model, "target": TARGET, "runs": runs, "refreshes": refreshing}
     record("ddp", found, args.out)
 
 
