@@ -172,10 +172,41 @@ TEST_CASE("plan: free room is filled by the best, exchanges need the hysteresis"
   CHECK(std::count_if(plan.begin(), plan.end(), still) == 1);
   CHECK((plan[0].from == 1 && plan[0].to == 2));
   CHECK(plan[1].utility == doctest::Approx(-2.0));
+  plan = plan_ranks(kThree, {{{3}, {2.5}}, {{2, 4}, {}}, {{50}, {}}}, 70, rules);
+  CHECK(std::all_of(plan.begin(), plan.end(), still));  // exactly the hysteresis is not above it
   // A NaN keeps its place: nobody knows what it is worth.
   const double nan = std::numeric_limits<double>::quiet_NaN();
   plan = plan_ranks(kThree, {{{3}, {99}}, {{nan, nan}, {nan}}, {{50}, {}}}, 70, rules);
   CHECK(ranks_of(plan) == Ranks{1, 2, 1});
+}
+
+TEST_CASE("plan: what is dropped for the budget leaves no room for more; exchanges go on") {
+  const std::vector<LayerPlan> plan =
+      plan_ranks(kThree, {{{1, 9, 2}, {}}, {{2, 7}, {8}}, {{3, 12}, {}}}, 70, {.max_move = 1.0});
+  CHECK(ranks_of(plan) == Ranks{1, 2, 1});
+  CHECK(plan[0].dropped == Ranks{0, 2});
+  CHECK(plan[1].dropped == Ranks{0});
+  CHECK(plan[1].grown == Ranks{0});
+}
+
+TEST_CASE("plan: new directions come by utility per parameter") {
+  // 3 for 10 parameters before 8 for 40; there is room for one of them.
+  const std::vector<LayerPlan> plan =
+      plan_ranks(kThree, {{{50}, {3}}, {{50}, {}}, {{50}, {8}}}, 100, {.max_move = 1.0});
+  CHECK(ranks_of(plan) == Ranks{2, 1, 1});
+}
+
+TEST_CASE("plan: equally weak directions go from where more are left, then from the last layer") {
+  const std::vector<RankLayer> layers = {{"a", 5, 5, 4}, {"b", 5, 5, 4}, {"c", 5, 5, 4}};
+  const auto after = [&](const std::vector<double>& a, const std::vector<double>& b) {
+    const auto used = static_cast<int64_t>(10 * (a.size() + b.size() + 1));
+    return ranks_of(
+        plan_ranks(layers, {{a, {}}, {b, {}}, {{9}, {9}}}, used, {.min_rank = 0, .max_move = 0.3}));
+  };
+  CHECK(after({2}, {2, 2}) == Ranks{1, 1, 2});
+  CHECK(after({2, 2}, {2}) == Ranks{1, 1, 2});
+  CHECK(after({2}, {2}) == Ranks{1, 0, 2});
+  CHECK(after({1}, {2, 2}) == Ranks{0, 2, 2});
 }
 
 TEST_CASE("plan: a wide layer's direction takes the room of several, and only if it beats all") {
@@ -196,6 +227,10 @@ TEST_CASE("plan: a full layer replaces its own; min_rank holds") {
   CHECK(plan[0].dropped == Ranks{1});
   CHECK(plan[0].grown == Ranks{0});
   CHECK(std::count_if(plan.begin(), plan.end(), still) == 2);
+  // The last that a layer may hold is not one too many: the weakest goes, wherever it is.
+  plan = plan_ranks(kThree, {{{5, 5, 5}, {8}}, {{1, .1}, {}}, {{50}, {}}}, 90, rules);
+  CHECK(ranks_of(plan) == Ranks{4, 1, 1});
+  CHECK(plan[1].dropped == Ranks{1});
   plan = plan_ranks(kThree, {{{5}, {8, 8, 8}}, {{.1}, {}}, {{.1}, {}}}, 60, rules);
   CHECK(ranks_of(plan) == Ranks{1, 1, 1});  // x replaces its own; y and z keep their last one
   CHECK(plan[0].dropped == Ranks{0});
