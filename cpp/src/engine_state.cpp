@@ -49,6 +49,8 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
 
 namespace {
 
+constexpr const char* kEigenvalues = ".eigenvalues";
+
 // Names, shapes and values in which a saved state differs from what this engine can take, one a
 // line.
 std::string difference(const std::vector<std::pair<std::string, at::Tensor>>& own,
@@ -66,6 +68,16 @@ std::string difference(const std::vector<std::pair<std::string, at::Tensor>>& ow
     } else if (const std::string why = detail::unusable(name, tensor, found->second);
                !why.empty()) {
       out += c10::str("\n  ", name, ": ", why);
+    }
+  }
+  if (out.empty()) {
+    for (const auto& item : own) {
+      const size_t end = item.first.rfind(kEigenvalues);
+      if (end != std::string::npos) {
+        const std::string why = detail::unusable_spectrum(
+            given.at(item.first), given.at(item.first.substr(0, end) + ".trace"));
+        out += why.empty() ? "" : c10::str("\n  ", item.first, ": ", why);
+      }
     }
   }
   for (const auto& item : given) {

@@ -76,7 +76,7 @@ at::Tensor inside_ball(const Quartic& norm, const at::Tensor& radius, const at::
     f = at::maximum(at::minimum(f, start), bound);
     // On |D| rather than |D|^2, which bends less where the cross term opposes the step.
     const at::Tensor slope = f * (twice + f * (thrice + f * fourfold));
-    const at::Tensor square = norm(f).clamp_min(0);
+    const at::Tensor square = norm(f);
     f = f - 2 * (square - radius * square.sqrt()) / slope;
   }
   // A root that Newton missed (a quartic that is not monotone, a NaN) leaves the bound.

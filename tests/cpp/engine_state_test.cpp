@@ -193,6 +193,10 @@ TEST_CASE("a state of other layers is refused with every difference, before any 
   CHECK(contains(values, "\n  group0.age: expected whole numbers from -1 to 9007199254740992"));
   CHECK(contains(values, "\n  group0.seen: expected no negative numbers; got some"));
   CHECK(contains(values, "\n  group0.input.trace: expected Double; got Long (Strided)"));
+  bad = good;
+  bad["group0.output.trace"] = at::full({2}, 1e-300, at::kDouble);
+  CHECK(contains(message(bad),
+                 "\n  group0.output.eigenvalues: expected eigenvalues that add up to the trace"));
 }
 
 TEST_CASE("a state saved before a layer was ever observed resumes with a fresh basis") {

@@ -261,6 +261,32 @@ TEST_CASE("hard inputs: singular curvature, no gradient, tiny and huge radii") {
   CHECK(same_bits(still.solution.model_decrease, at::zeros({4}, at::kDouble)));
 }
 
+TEST_CASE("no gradient along no curvature is no obstacle to a solution on the sphere") {
+  const Solved own =
+      solve(numbers({3.0, 3.0, 0.0}).view({1, 3, 1}), numbers({10.0, 1.0, 0.0}).view({1, 3}),
+            at::ones({1, 1}, at::kDouble), numbers({0.5}));
+  CHECK(own.length.item<double>() == doctest::Approx(0.5));
+  CHECK(own.solution.multiplier.item<double>() > 0);
+  CHECK(own.solution.step[0][2].item<double>() == 0);
+}
+
+TEST_CASE("never more iterations than are allowed") {
+  const TrustRegionSubproblem problem{at::ones({1, 3, 3}, at::kDouble),
+                                      numbers({1e-4, 1.0, 1e4}).view({1, 3}),
+                                      numbers({1e-3, 1.0, 1e3}).view({1, 3})};
+  CHECK(problem.solve(numbers({1e-2})).iterations.item<int64_t>() > 2);
+  CHECK(problem.solve(numbers({1e-2}), 1e-12, 2).iterations.item<int64_t>() == 2);
+}
+
+TEST_CASE("the sum of several parts is one number as a tensor of one entry") {
+  const Quartic part = quartic(numbers({1, 2}), numbers({0, 1}), numbers({0, 1}));
+  const Quartic sum = Quartic::sum({part, part});
+  CHECK(sum.c2.sizes() == at::IntArrayRef({1}));
+  CHECK(sum.c2.item<double>() == 10);
+  CHECK(sum.c3.item<double>() == 8);
+  CHECK(sum.c4.item<double>() == 2);
+}
+
 TEST_CASE("layers are solved independently") {
   at::manual_seed(8);
   const at::Tensor gradient = randn({3, 4, 5}), out = at::rand({3, 4}, at::kDouble);

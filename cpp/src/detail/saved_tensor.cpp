@@ -47,4 +47,11 @@ std::string unusable(const std::string& name, const at::Tensor& own, const at::T
   return "";
 }
 
+std::string unusable_spectrum(const at::Tensor& eigenvalues, const at::Tensor& trace) {
+  constexpr double kRounding = 1.02;  // twice what a refresh lets pass
+  return eigenvalues.sum(-1).gt(trace * kRounding).any().item<bool>()
+             ? "expected eigenvalues that add up to the trace at most; got larger ones"
+             : "";
+}
+
 }  // namespace ctrlora::detail

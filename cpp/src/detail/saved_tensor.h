@@ -13,4 +13,8 @@ namespace ctrlora::detail {
 /// Synchronises.
 std::string unusable(const std::string& name, const at::Tensor& own, const at::Tensor& given);
 
+/// Why the eigenvalues (L, k) of factors cannot go with these traces (L), both usable: a positive
+/// semi-definite matrix has none above its trace, and damping, a share of the trace, relies on it.
+std::string unusable_spectrum(const at::Tensor& eigenvalues, const at::Tensor& trace);
+
 }  // namespace ctrlora::detail
