@@ -49,7 +49,20 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
 
 namespace {
 
-constexpr const char* kEigenvalues = ".eigenvalues";
+// Of tensors that can each be taken: factors whose eigenvalues and trace do not go together.
+std::string impossible_factors(const std::vector<std::pair<std::string, at::Tensor>>& own,
+                               const std::map<std::string, at::Tensor>& given) {
+  std::string out;
+  for (const auto& item : own) {
+    const size_t end = item.first.rfind(".eigenvalues");
+    if (end != std::string::npos) {
+      const std::string why = detail::unusable_spectrum(
+          given.at(item.first), given.at(item.first.substr(0, end) + ".trace"));
+      out += why.empty() ? "" : c10::str("\n  ", item.first, ": ", why);
+    }
+  }
+  return out;
+}
 
 // Names, shapes and values in which a saved state differs from what this engine can take, one a
 // line.
@@ -70,23 +83,13 @@ std::string difference(const std::vector<std::pair<std::string, at::Tensor>>& ow
       out += c10::str("\n  ", name, ": ", why);
     }
   }
-  if (out.empty()) {
-    for (const auto& item : own) {
-      const size_t end = item.first.rfind(kEigenvalues);
-      if (end != std::string::npos) {
-        const std::string why = detail::unusable_spectrum(
-            given.at(item.first), given.at(item.first.substr(0, end) + ".trace"));
-        out += why.empty() ? "" : c10::str("\n  ", item.first, ": ", why);
-      }
-    }
-  }
   for (const auto& item : given) {
     const bool of_retired = item.first.rfind("retired.", 0) == 0;
     if (names.count(item.first) == 0 && (with_retired || !of_retired)) {
       out += "\n  unexpected " + item.first;
     }
   }
-  return out;
+  return out.empty() ? impossible_factors(own, given) : out;
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ std::string unusable(const std::string& name, const at::Tensor& own, const at::T
 
 /// Why the eigenvalues (L, k) of factors cannot go with these traces (L), both usable: a positive
 /// semi-definite matrix has none above its trace, and damping, a share of the trace, relies on it.
+/// Synchronises.
 std::string unusable_spectrum(const at::Tensor& eigenvalues, const at::Tensor& trace);
 
 }  // namespace ctrlora::detail
