@@ -53,6 +53,7 @@ MAY_SYNC = {
     "ctrlora::HutchinsonProbe::HutchinsonProbe": "a probe reads one number; off by default",
     "ctrlora::HutchinsonProbe::traces": "the same",
     "ctrlora::detail::unusable": "checks what is restored",
+    "ctrlora::detail::unusable_spectrum": "the same",
     "ctrlora::CgInit::load": "restores a calibration",
     "ctrlora::TrustRegionSubproblem::solve": "a value type for use alone; no step calls it",
 }
