@@ -30,7 +30,7 @@ def make_rank_options(
         rank_start: "full" for the over-provisioned start, or "budget".
 
     Raises:
-        TypeError: the budget is no number, or total_steps no whole number.
+        TypeError: the budget is no number, or total_steps or min_rank no whole number.
         ValueError: total_steps is missing, the budget is out of range, rank_start unknown.
 
     Example:
@@ -57,6 +57,11 @@ def make_rank_options(
     if rank_start not in ("budget", "full"):
         raise ValueError(
             f"{_WHERE} rank_start = {rank_start!r}. Violated constraint: 'budget' or 'full'."
+        )
+    if isinstance(min_rank, bool) or not isinstance(min_rank, int):
+        raise TypeError(
+            f"{_WHERE} expected min_rank as an int; got {min_rank!r} of type "
+            f"{type(min_rank).__name__}."
         )
     layers = [_C.RankLayer(p.name, p.b.shape[0], p.a.shape[1], p.a.shape[0]) for p in pairs]
     rules = _C.RankRules(min_rank)

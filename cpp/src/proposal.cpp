@@ -43,6 +43,10 @@ Measurement Measurement::cat(const std::vector<Measurement>& parts) {
 
 namespace {
 
+at::Tensor finite(const Quartic& norm) {  // (L) bool
+  return (norm.c2 + norm.c3 + norm.c4).isfinite();
+}
+
 // f before the output ball cuts it.
 at::Tensor planned_length(const Measurement& measured,
                           const Proposal& proposal,
@@ -123,13 +127,16 @@ Proposal propose(const Measurement& measured, const Direction& direction, const 
   const at::Tensor zero = at::zeros({}, planned.options());
   out.length = inside_ball(out.output_norm, measured.radius, at::where(usable, planned, zero));
   out.live = measured.live;
-  out.sound = out.step.ok.logical_and(out.length.isfinite());
+  // A momentum whose squares overflow asks for a step of length 0 and infinite norms.
+  const at::Tensor measurable = finite(out.output_norm).logical_and(finite(out.fisher_norm));
+  out.sound = out.step.ok.logical_and(measurable).logical_and(out.length.isfinite());
   out.ok = out.live.logical_and(out.sound).logical_and(usable);
   out.length = at::where(out.ok, out.length, zero);
   // A momentum whose direction is far above rms holds a spike; no gauge changes either. The step
-  // itself ends at the ball.
+  // itself ends at the ball, or is none.
   const at::Tensor& square = out.output_norm.c2;
-  out.spike = detail::bounded_sample(square, measured.direction_rms.square(), out.ok) < square;
+  out.spike = (detail::bounded_sample(square, measured.direction_rms.square(), out.ok) < square)
+                  .logical_or(out.live.logical_and(measurable.logical_not()));
   return out;
 }
 

@@ -148,15 +148,20 @@ TEST_CASE("layers of two widths below each other get what they get alone") {
 
 TEST_CASE("a layer without a gradient, without a size yet, or with bad numbers stays where it is") {
   at::manual_seed(3);
-  Layers own(5, 8, 7);
+  Layers own(6, 8, 7);
   own.measured.live.select(0, 1).fill_(false);
   own.measured.direction_rms.select(0, 2).fill_(0.0);
   own.measured.input.mm.select(0, 3).fill_(std::numeric_limits<double>::quiet_NaN());
   own.measured.absolute.select(0, 4).fill_(false);
+  own.measured.input.mm.select(0, 5).fill_(std::numeric_limits<double>::infinity());
   const Proposal got = ctrlora::propose(own.measured, {});
-  CHECK(same_bits(got.ok, numbers({1, 0, 0, 0, 1}) > 0));
+  CHECK(same_bits(got.ok, numbers({1, 0, 0, 0, 1, 0}) > 0));
   CHECK(same_bits(got.length > 0, got.ok));
-  CHECK(same_bits(got.sound, numbers({1, 1, 1, 0, 1}) > 0));  // what decays, what counts as a miss
+  // What decays, what counts as a miss.
+  CHECK(same_bits(got.sound, numbers({1, 1, 1, 0, 1, 0}) > 0));
+  CHECK_FALSE(got.spike[1].item<bool>());
+  CHECK(got.spike[3].item<bool>());  // a momentum that nobody can measure is forgotten
+  CHECK(got.spike[5].item<bool>());
   CHECK(got.fisher_norm.c2[4].item<double>() == 0.0);
   CHECK(got.fisher_norm.c2[0].item<double>() > 0.0);
 }

@@ -213,6 +213,7 @@ def test_one_shot_allocation(budgeted, batches, train):
         ({"total_steps": 1.0}, TypeError, "total_steps as an int"),
         ({"rank_start": "half"}, ValueError, "rank_start = 'half'"),
         ({"min_rank": -1}, ValueError, "min_rank = -1"),
+        ({"min_rank": 0.1}, TypeError, "expected min_rank as an int; got 0.1 of type float"),
         ({"total_steps": 1, "rank_start": "full"}, ValueError, "never reaches its budget"),
     ],
 )
