@@ -49,19 +49,14 @@ def make_rank_options(
             f"{_WHERE} expected total_steps with rank_budget: the schedule is in fractions of the "
             "training. Remedy: total_steps=len(loader) * epochs // accumulation_steps."
         )
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int):
-        raise TypeError(
-            f"{_WHERE} expected total_steps as an int; got {total_steps!r} of type "
-            f"{type(total_steps).__name__}."
-        )
+    for name, value in (("total_steps", total_steps), ("min_rank", min_rank)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(
+                f"{_WHERE} expected {name} as an int; got {value!r} of type {type(value).__name__}."
+            )
     if rank_start not in ("budget", "full"):
         raise ValueError(
             f"{_WHERE} rank_start = {rank_start!r}. Violated constraint: 'budget' or 'full'."
-        )
-    if isinstance(min_rank, bool) or not isinstance(min_rank, int):
-        raise TypeError(
-            f"{_WHERE} expected min_rank as an int; got {min_rank!r} of type "
-            f"{type(min_rank).__name__}."
         )
     layers = [_C.RankLayer(p.name, p.b.shape[0], p.a.shape[1], p.a.shape[0]) for p in pairs]
     rules = _C.RankRules(min_rank)

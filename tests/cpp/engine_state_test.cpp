@@ -194,6 +194,9 @@ TEST_CASE("a state of other layers is refused with every difference, before any 
   CHECK(contains(values, "\n  group0.seen: expected no negative numbers; got some"));
   CHECK(contains(values, "\n  group0.input.trace: expected Double; got Long (Strided)"));
   bad = good;
+  bad["group0.input.basis"] = 1.1 * at::ones_like(good.at("group0.input.basis"));
+  CHECK(contains(message(bad), "\n  group0.input.basis: expected columns of norm 1 or 0"));
+  bad = good;
   bad["group0.output.trace"] = at::full({2}, 1e-300, at::kDouble);
   CHECK(contains(message(bad),
                  "\n  group0.output.eigenvalues: expected eigenvalues that add up to the trace"));

@@ -10,6 +10,8 @@ namespace ctrlora::detail {
 
 namespace {
 
+constexpr double kRounding = 1.02;  // twice what a refresh lets pass, and far above bfloat16's
+
 bool ends_with(const std::string& name, const std::string& end) {
   return name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
 }
@@ -38,6 +40,10 @@ std::string unusable(const std::string& name, const at::Tensor& own, const at::T
   if (counts && given.lt(0).any().item<bool>()) {
     return "expected no negative numbers; got some";
   }
+  if (ends_with(name, ".basis") &&  // zero before anything was observed
+      given.to(at::kDouble).norm(2, {1}).gt(kRounding).any().item<bool>()) {
+    return "expected columns of norm 1 or 0; got longer ones";
+  }
   if (own.scalar_type() == at::kLong || ends_with_any(name, {"rows", "batches"})) {
     const int64_t most = ends_with(name, "share_set") ? own.numel() - 1 : kMost;
     if (given.lt(-1).logical_or(given.gt(most)).any().item<bool>()) {
@@ -48,7 +54,6 @@ std::string unusable(const std::string& name, const at::Tensor& own, const at::T
 }
 
 std::string unusable_spectrum(const at::Tensor& eigenvalues, const at::Tensor& trace) {
-  constexpr double kRounding = 1.02;  // twice what a refresh lets pass
   return eigenvalues.sum(-1).gt(trace * kRounding).any().item<bool>()
              ? "expected eigenvalues that add up to the trace at most; got larger ones"
              : "";
