@@ -34,7 +34,8 @@ class EngineOptions(TypedDict, total=False):
             beside training (`overlap`).
         exchange_every: the same under several processes, which send each other what they observe,
             >= 0. Default 0: as often as keeps that at 4.2 % of the gradients' bytes, which is 12
-            for float32 adapters of rank `sketch_rank`. 1 trains best where the network is fast.
+            to 14 for float32 adapters of rank `sketch_rank`. 1 trains best where the network is
+            fast.
         factor_warmup_steps: first steps on which every layer is observed, >= 0. Default 5: the
             factors start from nothing.
         factor_beta: EMA weight of the old factor, in [0, 1). Default 0.6: LoRA

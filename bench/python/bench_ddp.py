@@ -4,11 +4,13 @@ python bench/python/bench_ddp.py   (about 7 min; writes bench/results/ddp.json)
 
 Two processes over gloo. Bytes are those handed to all_reduce by one process; a ring moves
 2 (P - 1) / P times as many through each one, ours and DDP's alike, so the share does not depend on
-P. Neither does it depend on the layers' width: both are proportional to it.
+P. Sums are proportional to the layers' width, as gradients are; the maps that owners of refreshes
+send are not, and are sent where they are at most an eighth of the sums: here up to r = 32.
 
-"refreshes": what there is to divide between processes. In one process, 56 pairs of a 7B model's
-shapes, one thread, r = k of 16 and 64: time of a `step()` in which a twelfth of the layers is
-refreshed, the schedule of several processes, over one in which none is.
+"refreshes": what dividing them between processes brings. In one process, 56 pairs of a 7B model's
+shapes, one thread, r = k of 16 and 64, over a `step()` in which no layer is refreshed: one in which
+a twelfth is, the schedule of several processes ("twelfths"), and the same in a process that owns
+one of 2 or 8 shares (exchanges that take no time).
 """
 
 # No postponed annotations: DDP reads those of the hook.
@@ -29,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pyctrlora
 
-WIDTH, LAYERS, ROWS = 128, 8, 32
+WIDTH, LAYERS, ROWS = 1536, 2, 32
 TARGET = 0.05
 
 
@@ -111,17 +113,21 @@ def measure(case: dict[str, Any], count: int) -> dict[str, Any]:
     return found
 
 
-def refreshes(rank: int, rounds: int) -> dict[str, float]:
-    """`step()` with a twelfth of the layers refreshed over one without."""
+def refreshes(rank: int, rounds: int) -> dict[str, dict[str, float]]:
+    """`step()` with a twelfth of the layers refreshed, or a share of them, over one without."""
     torch.set_num_threads(1)
     runs, prepare = {}, {}
-    for name, every in (("twelfths", 12), ("none", 10**6)):
-        optimizer, prepare[name] = observing(SHAPES, rank, factor_every=every)
+    cases = {"twelfths": (12, 1), "of 2": (12, 2), "of 8": (12, 8), "none": (10**6, 1)}
+    for name, (every, count) in cases.items():
+        optimizer, prepare[name] = observing(SHAPES, rank, factor_every=every, exchange_every=every)
+        if count > 1:
+            engine = optimizer._roster.engine
+            engine.set_processes(lambda tensors: None, 0, count)  # noqa: ARG005
         runs[name] = optimizer.step
-    found = ratios(interleaved(runs, rounds, prepare=prepare), "twelfths", "none")
-    print(
-        f"r = {rank}: a step with a twelfth of the refreshes: {found['median']:.2f} of one without"
-    )
+    times = interleaved(runs, rounds, prepare=prepare)
+    found = {name: ratios(times, name, "none") for name in cases if name != "none"}
+    for name, ratio in found.items():
+        print(f"r = {rank}, refreshes {name}: {ratio['median']:.2f} of a step without")
     return found
 
 

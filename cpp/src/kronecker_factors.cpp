@@ -7,8 +7,13 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <algorithm>
+#include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <optional>
+
+#include "detail/factor_refresh.h"
+#include "detail/owners.h"
 #include "detail/tensor_math.h"
 
 namespace ctrlora {
@@ -105,44 +110,83 @@ at::Tensor loss_scale_of_output(const at::Tensor& rows,
   return (options.loss_reduction == "mean" ? terms * rows : rows / terms) * unscale;
 }
 
+using Batch = std::vector<LowRankEigen::Update>;
+
 // Both sides of all parts, in as few batches as their sketch ranks allow.
-// @return (L) bool: one of the two failed.
-at::Tensor refresh(const std::vector<Commit>& parts,
-                   const at::Tensor& keep,
-                   const at::Tensor& input_scale,
-                   const at::Tensor& output_scale) {
-  std::vector<std::vector<LowRankEigen::Update>> batches;
+struct Batches {
+  std::vector<Batch> updates;
   std::vector<std::vector<at::Tensor>> places;  // where in `failed` each update's layers are
-  const at::Tensor failed = at::zeros(keep.sizes(), keep.options().dtype(at::kBool));
-  int64_t begin = 0;
-  const auto add = [&](LowRankEigen::Update update, const at::Tensor& place) {
-    size_t b = 0;
-    while (b < batches.size() && !batches[b].front().factor.updates_with(update.factor)) {
-      ++b;
+  at::Tensor failed;                            // (L) bool
+
+  Batches(const std::vector<Commit>& parts,
+          const at::Tensor& keep,
+          const at::Tensor& input_scale,
+          const at::Tensor& output_scale,
+          bool divided)
+      : failed(at::zeros(keep.sizes(), keep.options().dtype(at::kBool))) {
+    int64_t begin = 0;
+    for (const Commit& part : parts) {
+      const int64_t end = begin + part.factors.base_square.size(0);
+      const auto own = [&](const at::Tensor& x) { return x.slice(0, begin, end); };
+      add({part.factors.input, part.sketch.input, own(keep), own(input_scale)}, own(failed),
+          divided);
+      add({part.factors.output, part.sketch.output, own(keep), own(output_scale)}, own(failed),
+          divided);
+      begin = end;
     }
-    if (b == batches.size()) {
-      batches.emplace_back();
+  }
+
+  void add(LowRankEigen::Update update, const at::Tensor& place, bool divided) {
+    const auto fits = [&](const Batch& batch) {
+      const LowRankEigen& first = batch.front().factor;
+      return first.updates_with(update.factor) &&
+             (!divided || detail::Owners::divides(first) == detail::Owners::divides(update.factor));
+    };
+    const auto b =
+        static_cast<size_t>(std::find_if(updates.begin(), updates.end(), fits) - updates.begin());
+    if (b == updates.size()) {
+      updates.emplace_back();
       places.emplace_back();
     }
-    batches[b].push_back(std::move(update));
+    updates[b].push_back(std::move(update));
     places[b].push_back(place);
-  };
-  for (const Commit& part : parts) {
-    const int64_t end = begin + part.factors.base_square.size(0);
-    const auto own = [&](const at::Tensor& x) { return x.slice(0, begin, end); };
-    add({part.factors.input, part.sketch.input, own(keep), own(input_scale)}, own(failed));
-    add({part.factors.output, part.sketch.output, own(keep), own(output_scale)}, own(failed));
-    begin = end;
   }
-  for (size_t b = 0; b < batches.size(); ++b) {
-    const at::Tensor each = LowRankEigen::update_all(batches[b]);
+};
+
+// The refresh of all batches; with `owners`, decompositions are divided where that is worth it.
+// @return (L) bool: those of `has` whose sums entered: all, or none where a process left.
+at::Tensor refresh(const Batches& batches, const at::Tensor& has, detail::Owners* owners) {
+  std::vector<detail::FactorRefresh> all;
+  std::vector<std::optional<detail::Owners::Share>> shares(batches.updates.size());
+  all.reserve(batches.updates.size());
+  for (size_t b = 0; b < batches.updates.size(); ++b) {
+    all.emplace_back(batches.updates[b]);
+    if (owners == nullptr || !detail::Owners::divides(batches.updates[b].front().factor)) {
+      all[b].decompose();
+      continue;
+    }
+    shares[b] = owners->next(all[b].bases());
+    if (shares[b]->begin < shares[b]->end) {
+      shares[b]->put(all[b].decompose(shares[b]->begin, shares[b]->end));
+    }
+  }
+  at::Tensor complete;
+  if (owners != nullptr) {
+    owners->exchange();
+    complete = owners->complete();
+  }
+  for (size_t b = 0; b < all.size(); ++b) {
+    if (shares[b]) {
+      all[b].adopt(shares[b]->all());
+    }
+    const at::Tensor each = all[b].finish(complete);
     int64_t at = 0;
-    for (const at::Tensor& place : places[b]) {
+    for (const at::Tensor& place : batches.places[b]) {
       place.logical_or_(each.slice(0, at, at + place.size(0)));
       at += place.size(0);
     }
   }
-  return failed;
+  return complete.defined() ? has.logical_and(complete) : has;
 }
 
 }  // namespace
@@ -151,7 +195,33 @@ void KroneckerFactors::commit(const CurvatureSketch& sketch, const Options& opti
   commit_all({{*this, sketch}}, options);
 }
 
-void KroneckerFactors::commit_all(const std::vector<Commit>& parts, const Options& options) {
+std::shared_ptr<detail::Owners> KroneckerFactors::owners(
+    const std::vector<Commit>& parts, std::shared_ptr<const Processes> processes) {
+  std::vector<LowRankEigen> sides;
+  sides.reserve(2 * parts.size());
+  for (const Commit& part : parts) {
+    sides.push_back(part.factors.input);
+    sides.push_back(part.factors.output);
+  }
+  return std::make_shared<detail::Owners>(std::move(processes), sides);
+}
+
+void KroneckerFactors::commit_all(const std::vector<Commit>& parts,
+                                  const Options& options,
+                                  detail::Owners* owners) {
+  try {
+    enter(parts, options, owners);
+  } catch (...) {
+    if (owners != nullptr) {
+      owners->leave();
+    }
+    throw;
+  }
+}
+
+void KroneckerFactors::enter(const std::vector<Commit>& parts,
+                             const Options& options,
+                             detail::Owners* owners) {
   const auto of_sketch = [&](at::Tensor CurvatureSketch::* field) {
     return joined(parts, [&](const Commit& part) { return part.sketch.*field; });
   };
@@ -181,9 +251,10 @@ void KroneckerFactors::commit_all(const std::vector<Commit>& parts, const Option
   const at::Tensor known = count > 1;
   const at::Tensor observed =
       loss_scale_of_output(output.weight, of_sketch(&CurvatureSketch::sequences), options);
-  const at::Tensor failed =
-      refresh(parts, keep, input.calm(at::where(proxy, input.unit(), at::ones_like(keep)), known),
-              output.calm(at::where(proxy, output.unit(), observed), known));
+  const Batches batches(
+      parts, keep, input.calm(at::where(proxy, input.unit(), at::ones_like(keep)), known),
+      output.calm(at::where(proxy, output.unit(), observed), known), owners != nullptr);
+  const at::Tensor entered = refresh(batches, has, owners);
 
   // A base whose output nobody handed over counts as unobserved: negative.
   const at::Tensor assumed = proxy.logical_or(base < 0);
@@ -193,10 +264,11 @@ void KroneckerFactors::commit_all(const std::vector<Commit>& parts, const Option
       at::where(assumed, trace * (output.size / input.size), base / input.weight);
   const at::Tensor entering = detail::bounded_sample(fresh, base_square, known);
   const at::Tensor mixed = at::where(assumed, fresh, keep * base_square + (1 - keep) * entering);
-  const at::Tensor new_base = at::where(has.logical_and(mixed.isfinite()), mixed, base_square);
-  const at::Tensor new_seen = at::where(has, count, seen);
-  const at::Tensor new_absolute = at::where(has, proxy.logical_not(), absolute);
-  const at::Tensor new_misses = at::where(has, (misses + failed) * failed, misses);
+  const at::Tensor new_base = at::where(entered.logical_and(mixed.isfinite()), mixed, base_square);
+  const at::Tensor new_seen = at::where(entered, count, seen);
+  const at::Tensor new_absolute = at::where(entered, proxy.logical_not(), absolute);
+  const at::Tensor new_misses =
+      at::where(entered, (misses + batches.failed) * batches.failed, misses);
   int64_t begin = 0;
   for (const Commit& part : parts) {
     const int64_t end = begin + part.factors.base_square.size(0);

@@ -5,6 +5,7 @@
 
 #include "ctrlora/layer_group.h"
 #include "detail/group_ranks.h"
+#include "detail/owners.h"
 #include "detail/parameter_slabs.h"
 #include "detail/pending_observations.h"
 #include "detail/tall_skinny.h"
@@ -138,7 +139,10 @@ Processes::Traffic LayerGroup::traffic() const {
   const int64_t numbers = factors_.input.basis().numel() + factors_.output.basis().numel();
   const auto bytes =
       static_cast<int64_t>(c10::elementSize(Processes::sent_dtype(factors_.input.dtype())));
-  return {numbers * bytes, gradients, ranks};
+  const bool divided = !SideStream::on_worker(options_.overlap, factors_.base_square.device());
+  const int64_t maps =
+      divided ? detail::Owners::bytes(factors_.input) + detail::Owners::bytes(factors_.output) : 0;
+  return {numbers * bytes + maps, gradients, ranks};
 }
 
 void LayerGroup::drop_observations() {
@@ -242,9 +246,15 @@ void LayerGroup::commit_observations(const std::vector<LayerGroup*>& groups, Sid
         tensors.push_back(item.second);
       }
     }
+    const LayerGroup& any = *groups.front();
+    std::shared_ptr<detail::Owners> owners;
+    if (any.processes_ != nullptr && any.options_.curvature != "gradient" &&
+        !SideStream::on_worker(any.options_.overlap, work.device)) {
+      owners = KroneckerFactors::owners(work.commits, any.processes_);
+    }
     side.submit(work.device, std::move(tensors),
-                [commits = work.commits, options = groups.front()->options_] {
-                  KroneckerFactors::commit_all(commits, options);
+                [commits = work.commits, options = any.options_, owners] {
+                  KroneckerFactors::commit_all(commits, options, owners.get());
                 });
   }
   if (std::any_of(works.begin(), works.end(), [](const Work& work) { return !work.lags; })) {

@@ -1,34 +1,25 @@
 #include "ctrlora/low_rank_eigen.h"
 
 #include <ATen/ops/bmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/full_like.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/ones_like.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <cmath>
 
 #include "detail/check.h"
-#include "detail/nystrom.h"
+#include "detail/factor_refresh.h"
 #include "detail/philox.h"
-#include "detail/small_matrix.h"
 #include "detail/tall_skinny.h"
 #include "detail/tensor_math.h"
 
 namespace ctrlora {
 
 using detail::as_column;
-using detail::for_each;
 using detail::select_layers;
-using detail::Slabs;
 
 PowerCoefficients PowerCoefficients::slice(int64_t begin, int64_t end) const {
   return {tail.slice(0, begin, end), diag.slice(0, begin, end)};
@@ -126,135 +117,10 @@ bool LowRankEigen::updates_with(const LowRankEigen& other) const {
          (sketch_rank() == size()) == (other.sketch_rank() == other.size());
 }
 
-namespace {
-
-using Updates = std::vector<LowRankEigen::Update>;
-
-// The small tensors of all parts, below each other; (L) float64 unless said otherwise.
-struct JoinedUpdates {
-  at::Tensor live;           // (L) bool: something enters
-  at::Tensor fresh, old;     // shares of what enters and of what is there
-  at::Tensor size;           // d
-  at::Tensor present, next;  // traces
-  at::Tensor eigenvalues;    // (L, k)
-
-  explicit JoinedUpdates(const Updates& parts) {
-    const auto joined = [&](const auto& field) { return detail::joined(parts, field); };
-    const auto number = [&](const auto& field) {  // one of each factor
-      return joined(
-          [&](const auto& part) { return at::full_like(part.factor.trace(), field(part.factor)); });
-    };
-    const at::Tensor weight = joined([](const auto& part) { return part.sketch.weight; });
-    const at::Tensor trace = joined([](const auto& part) { return part.sketch.trace; });
-    const at::Tensor keep = joined([](const auto& part) { return part.keep; });
-    const at::Tensor scale = joined([](const auto& part) { return part.scale; });
-    const at::Tensor finite =
-        joined([](const auto& part) { return detail::finite_layers(part.sketch.product); });
-    const at::Tensor least = number([](const LowRankEigen& factor) {
-      return detail::smallest_trace(factor.size(), factor.dtype());
-    });
-    size = number([](const LowRankEigen& factor) { return static_cast<double>(factor.size()); });
-    eigenvalues = joined([](const auto& part) { return part.factor.eigenvalues(); });
-    present = joined([](const auto& part) { return part.factor.trace(); });
-    live = (weight > 0)
-               .logical_and(trace > least)
-               .logical_and(keep < 1)
-               .logical_and(finite)
-               .logical_and((trace * scale / weight).isfinite());
-    fresh = at::where(live, (1 - keep) * scale / weight, at::zeros_like(keep));
-    old = at::where(live, keep, at::ones_like(keep));
-    next = old * present + fresh * at::where(live, trace, at::zeros_like(present));
-  }
-};
-
-// The parts' Y, times `unit` (L): in the bases' layout.
-Slabs scaled_products(const Updates& parts,
-                      const Slabs& bases,
-                      const at::Tensor& live,
-                      const at::Tensor& unit) {
-  Slabs rows;
-  for_each(bases, [&](size_t i, int64_t begin, int64_t end) {
-    const at::Tensor& product = parts[i].sketch.product;
-    const bool in_place = parts[i].sketch.disposable && product.strides() == bases[i].strides();
-    at::Tensor out = in_place ? product : at::empty_like(bases[i]);
-    const at::Tensor enters = live.slice(0, begin, end);
-    at::mul_out(out,
-                detail::known_to_be_true(enters)
-                    ? product
-                    : select_layers(enters, product, at::zeros({}, product.options())),
-                as_column(unit.slice(0, begin, end)).to(out.scalar_type()));
-    rows.push_back(out);
-  });
-  return rows;
-}
-
-// The next bases as combinations of U and Y, and eigenvalues in units of the mean one.
-struct Refreshed {
-  at::Tensor live;               // (L) bool: the decomposition is sound
-  at::Tensor of_basis, of_rows;  // (L, k, k); of_rows undefined for complete bases
-  at::Tensor values;             // (L, k)
-};
-
-Refreshed refresh(const Slabs& bases,
-                  const Slabs& rows,
-                  const at::Tensor& kept,
-                  const at::Tensor& size) {
-  if (bases.front().size(1) == bases.front().size(2)) {  // complete: K is the factor itself
-    const detail::JointGram gram(bases, rows);
-    const at::Tensor core = detail::symmetric(gram.uu * kept.unsqueeze(1) + gram.uy);
-    const detail::Eigh eigh = detail::symmetric_eigh(core);
-    return {detail::finite_layers(core).logical_and(detail::finite_layers(eigh.values)),
-            eigh.vectors,
-            {},
-            eigh.values};
-  }
-  const detail::Nystrom next = detail::nystrom(bases, rows, kept);
-  // It is below F: a sum above the trace is a decomposition that went wrong.
-  return {next.ok.logical_and(next.values.sum(-1) < 1.01 * size), at::zeros({}, kept.options()),
-          next.map, next.values};
-}
-
-}  // namespace
-
 at::Tensor LowRankEigen::update_all(const std::vector<Update>& parts) {
-  const JoinedUpdates joined(parts);
-  // In units of the mean eigenvalue, so that squares of small gradients stay in range.
-  const at::Tensor mean = (joined.next / joined.size).clamp_min(1e-300);
-  const at::Tensor kept = (joined.old / mean).unsqueeze(-1) * joined.eigenvalues;
-  Slabs bases;
-  bases.reserve(parts.size());
-  for (const Update& part : parts) {
-    bases.push_back(part.factor.computed_basis());
-  }
-  const Slabs rows = scaled_products(parts, bases, joined.live, joined.fresh / mean);
-  const Refreshed next = refresh(bases, rows, kept, joined.size);
-  const at::Tensor live = joined.live.logical_and(next.live);
-  const at::Tensor identity = at::eye(kept.size(1), kept.options()).expand({kept.size(0), -1, -1});
-  const at::Tensor of_basis = select_layers(live, next.of_basis, identity);
-  const at::Tensor of_rows = next.of_rows.defined()
-                                 ? select_layers(live, next.of_rows, at::zeros({}, kept.options()))
-                                 : at::Tensor();
-  const at::Tensor values =
-      select_layers(live, next.values.clamp_min(0) * mean.unsqueeze(-1), joined.eigenvalues);
-  const at::Tensor trace = at::where(live, joined.next, joined.present);
-  const at::Tensor failed = (joined.fresh > 0).logical_and(live.logical_not());
-  // All that may throw (no memory) comes before a factor's first write, so that it is as it was or
-  // whole: tall_combine allocates, then writes.
-  for_each(bases, [&](size_t i, int64_t begin, int64_t end) {
-    const auto part = [&](const at::Tensor& x) { return x.slice(0, begin, end); };
-    std::vector<detail::Term> terms = {{bases[i], part(of_basis)}};
-    if (of_rows.defined()) {
-      terms.push_back({rows[i], part(of_rows)});
-    }
-    detail::tall_combine(terms);
-    const LowRankEigen& factor = parts[i].factor;
-    if (factor.narrow_) {
-      factor.basis_.copy_(bases[i]);
-    }
-    factor.eigenvalues_.copy_(part(values));
-    factor.trace_.copy_(part(trace));
-  });
-  return failed;
+  detail::FactorRefresh refresh(parts);
+  refresh.decompose();
+  return refresh.finish();
 }
 
 at::Tensor LowRankEigen::tail() const {

@@ -100,6 +100,10 @@ bool SideStream::overlaps(at::Device device) const {
   return overlap_ == "thread" || overlap_ == "stream" || (overlap_ == "auto" && !device.is_cpu());
 }
 
+bool SideStream::on_worker(const std::string& overlap, at::Device device) {
+  return overlap == "thread" || (overlap == "stream" && device.is_cpu());
+}
+
 void SideStream::run(const std::function<void()>& work) noexcept {
   std::string error;
   try {
@@ -123,7 +127,7 @@ void SideStream::submit(at::Device device,
                         std::function<void()> work) {
   if (!overlaps(device)) {
     run(work);
-  } else if (overlap_ == "thread" || device.is_cpu()) {
+  } else if (on_worker(overlap_, device)) {
     if (worker_ == nullptr) {
       worker_ = std::make_unique<Worker>();
     }

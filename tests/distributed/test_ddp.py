@@ -86,14 +86,18 @@ def test_processes_agree_with_each_other_and_with_one(tmp_path, scenario, count,
     assert distance(head, {n: single["parameters"][n] for n in head}) < TOLERANCE
 
 
-@pytest.mark.parametrize("scenario", ["sketch", "sketch, seldom"])
-def test_sketches_agree_and_train_as_well_as_one_process(tmp_path, scenario):
+@pytest.mark.parametrize(
+    ("scenario", "count"),
+    [("sketch", 2), ("sketch, seldom", 2), ("sketch, wide", 2), ("sketch, wide", 4)],
+)
+def test_sketches_agree_and_train_as_well_as_one_process(tmp_path, scenario, count):
     """Sampled rows and three of eight directions: equal everywhere, near the single process."""
-    run(scenario, tmp_path, 2, 60)
-    first, second = results(tmp_path, 2)
-    for name, tensor in first["state"].items():
-        assert torch.equal(second["state"][name], tensor), name
-    single = worker.alone("sketch", 2, 60)
+    run(scenario, tmp_path, count, 60)
+    first, *others = results(tmp_path, count)
+    for other in others:
+        for name, tensor in first["state"].items():
+            assert torch.equal(other["state"][name], tensor), name
+    single = worker.alone(scenario.replace(", seldom", ""), count, 60)
     if scenario == "sketch":
         assert first["losses"][-1] == pytest.approx(single["losses"][-1], rel=0.25)
     assert first["losses"][-1] < 1.25 * single["losses"][-1]

@@ -25,11 +25,11 @@ ROWS = 24
 
 
 class Net(nn.Module):
-    def __init__(self, rank: int = 3, seed: int = 0) -> None:
+    def __init__(self, rank: int = 3, seed: int = 0, width: int = 8) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8)
-        self.head = nn.Linear(8, 5)
+        self.first, self.second = nn.Linear(6, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, 5)
         self.double()
         pyctrlora.add_lora(self, rank=rank, targets=["first", "second"])
         nn.init.normal_(self.first.lora_b, std=0.3)
@@ -93,8 +93,14 @@ def optimizer_of(scenario: str, model: nn.Module) -> pyctrlora.CTROptimizer:
     return opt
 
 
+def net_of(scenario: str) -> Net:
+    # Wide ones have owners of refreshes: their maps are small beside their sums.
+    rank = 4 if scenario.startswith("ranks") else 3
+    return Net(rank=rank, width=80 if scenario.endswith("wide") else 8)
+
+
 def built(scenario: str) -> tuple[Net, DistributedDataParallel, pyctrlora.CTROptimizer]:
-    net = Net(rank=4 if scenario.startswith("ranks") else 3)
+    net = net_of(scenario)
     model = DistributedDataParallel(net)
     return net, model, optimizer_of(scenario, model)
 
@@ -136,7 +142,7 @@ def train(scenario: str, rank: int, count: int, steps: int) -> dict[str, Any]:
 
 def alone(scenario: str, count: int, steps: int) -> dict[str, Any]:
     """The same run in one process on the joined batch."""
-    net = Net(rank=4 if scenario.startswith("ranks") else 3)
+    net = net_of(scenario)
     opt = optimizer_of(scenario, net)
     losses = []
     for step in range(steps):

@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,7 +15,13 @@
 #include "ctrlora/low_rank_eigen.h"
 #include "ctrlora/options.h"
 
+namespace ctrlora::detail {
+class Owners;
+}
+
 namespace ctrlora {
+
+struct Processes;  // processes.h
 
 /// One batch's sums for L layers.
 struct CTRLORA_API CurvatureSketch {
@@ -58,10 +65,23 @@ class CTRLORA_API KroneckerFactors {
 
   struct Commit;
   /// The same for the layers of several shapes on one device, their small tensors as one batch.
-  static void commit_all(const std::vector<Commit>& parts, const Options& options);
+  /// @param owners divides the decompositions between processes, all of which call this with equal
+  /// numbers; null: everything is done here.
+  static void commit_all(const std::vector<Commit>& parts,
+                         const Options& options,
+                         detail::Owners* owners = nullptr);
+  /// Those owners, with the memory for what they send: take it where an exception still stops the
+  /// training, since the other processes wait for one that never comes.
+  static std::shared_ptr<detail::Owners> owners(const std::vector<Commit>& parts,
+                                                std::shared_ptr<const Processes> processes);
 
   [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
   void to(const at::TensorOptions& options);
+
+ private:
+  static void enter(const std::vector<Commit>& parts,
+                    const Options& options,
+                    detail::Owners* owners);
 };
 
 /// What KroneckerFactors::commit_all takes of the layers of one shape.

@@ -46,7 +46,7 @@ struct CTRLORA_API Options {
   int64_t factor_every = 1;
 
   /// The same under several processes, where what is observed is also sent, >= 0. 0: as often as
-  /// keeps that at 1/24 of the gradients' bytes, 4.2 %; 12 for float32 adapters with k = r.
+  /// keeps that at 1/24 of the gradients' bytes, 4.2 %; 12 to 14 for float32 adapters with k = r.
   int64_t exchange_every = 0;
 
   /// First steps on which every layer is observed, >= 0: the factors start from nothing.

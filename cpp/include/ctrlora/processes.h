@@ -1,8 +1,9 @@
 // One model trained by several processes (DDP): what they add up, and at which point.
 //
 // DDP makes the gradients equal everywhere. What a layer observed is local: the processes add up
-// their sums where these enter the factors, once per step. Everything after is computed by each
-// process from equal numbers. The core calls a function and knows no c10d (cpp/README.md, 11).
+// their sums where these enter the factors, once per step, and divide the decompositions of what
+// these refresh (detail/owners.h). Everything else is computed by each process from equal numbers.
+// The core calls a function and knows no c10d (cpp/README.md, 11).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,7 +29,7 @@ struct CTRLORA_API Processes {
 
   /// Bytes that a process hands to all_reduce.
   struct Traffic {
-    int64_t sketches = 0;   ///< by `sum`, for all layers once
+    int64_t sketches = 0;   ///< by `sum` and the owners of refreshes, for all layers once
     int64_t gradients = 0;  ///< by DDP, on each step
     int64_t ranks = 0;      ///< by sketches for rank events, on the average step between two
   };

@@ -32,6 +32,9 @@ class CTRLORA_API SideStream {
 
   /// Whether work on this device runs beside the caller at all.
   [[nodiscard]] bool overlaps(at::Device device) const;
+  /// Whether work on this device runs on another host thread than its caller's: such work must not
+  /// call collectives, whose order would be chance.
+  [[nodiscard]] static bool on_worker(const std::string& overlap, at::Device device);
 
   /// @param work runs under no-grad and may throw. @param tensors what it reads or writes: kept
   /// alive until it is done, and made known to a caching allocator.

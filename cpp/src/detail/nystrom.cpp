@@ -51,13 +51,15 @@ Nystrom nystrom(const Slabs& bases, const Slabs& fresh, const at::Tensor& kept) 
   const at::Tensor cross = gram.uy * of_u * of_y.mT();
   const OrthonormalMap first = orthonormal_map(
       gram.uu * of_u * of_u.mT() + cross + cross.mT() + gram.yy * of_y * of_y.mT(), eps);
-  const at::Tensor of_fresh = of_y * first.map, of_basis = of_u * first.map;
+  Nystrom out;
+  out.of_fresh = of_y * first.map;
+  out.of_basis = of_u * first.map;
+  to_range(bases, fresh, out);  // Z = C first
   std::vector<at::Tensor> grams;
-  for_each(bases, [&](size_t i, int64_t begin, int64_t end) {  // Z = C first
-    tall_combine(
-        {{fresh[i], of_fresh.slice(0, begin, end)}, {bases[i], of_basis.slice(0, begin, end)}});
+  grams.reserve(bases.size());
+  for (size_t i = 0; i < bases.size(); ++i) {
     grams.push_back(tall_grams({{{bases[i], fresh[i]}, fresh[i]}}).front());
-  });
+  }
   const at::Tensor joint = below(grams);
   const at::Tensor uz = joint.slice(1, 0, kept.size(1));
   const at::Tensor zz = joint.slice(1, kept.size(1));
@@ -76,11 +78,20 @@ Nystrom nystrom(const Slabs& bases, const Slabs& fresh, const at::Tensor& kept) 
       at::linalg_solve_triangular(cholesky.factor, projected.mT(), /*upper=*/false);
   const at::Tensor inside = small_bmm(half.mT(), half);
   const Eigh eigh = symmetric_eigh(inside);
-  return {small_bmm(second.map, eigh.vectors), eigh.values - nu,
-          first.ok.logical_and(second.ok)
-              .logical_and(cholesky.ok)
-              .logical_and(finite_layers(inside))
-              .logical_and(finite_layers(eigh.values))};
+  out.map = small_bmm(second.map, eigh.vectors);
+  out.values = eigh.values - nu;
+  out.ok = first.ok.logical_and(second.ok)
+               .logical_and(cholesky.ok)
+               .logical_and(finite_layers(inside))
+               .logical_and(finite_layers(eigh.values));
+  return out;
+}
+
+void to_range(const Slabs& bases, const Slabs& fresh, const Nystrom& of) {
+  for_each(bases, [&](size_t i, int64_t begin, int64_t end) {
+    tall_combine({{fresh[i], of.of_fresh.slice(0, begin, end)},
+                  {bases[i], of.of_basis.slice(0, begin, end)}});
+  });
 }
 
 }  // namespace ctrlora::detail

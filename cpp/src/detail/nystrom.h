@@ -32,14 +32,18 @@ struct JointGram {
 };
 
 struct Nystrom {
-  at::Tensor map;     // (L, k, k): the new basis is range @ map
-  at::Tensor values;  // (L, k)
-  at::Tensor ok;      // (L) bool
+  at::Tensor of_basis, of_fresh;  // (L, k, k): the range of P is U of_basis + Y of_fresh
+  at::Tensor map;                 // (L, k, k): the new basis is range @ map
+  at::Tensor values;              // (L, k)
+  at::Tensor ok;                  // (L) bool
 };
 
 /// Nystrom approximation P K^-1 P^T of F from P = F U = U kept + Y, for F of mean eigenvalue 1.
 /// Everything but two combinations of U and Y is rank-space algebra on their Grams.
 /// @param fresh Y; becomes the range of P, orthonormal up to the second Cholesky-QR pass.
 Nystrom nystrom(const Slabs& bases, const Slabs& fresh, const at::Tensor& kept);
+
+/// fresh <- the range of P, as `nystrom` leaves it.
+void to_range(const Slabs& bases, const Slabs& fresh, const Nystrom& of);
 
 }  // namespace ctrlora::detail
