@@ -122,7 +122,7 @@ def refreshes(rank: int, rounds: int) -> dict[str, dict[str, float]]:
         optimizer, prepare[name] = observing(SHAPES, rank, factor_every=every, exchange_every=every)
         if count > 1:
             engine = optimizer._roster.engine
-            engine.set_processes(lambda tensors: None, 0, count)  # noqa: ARG005
+            engine.set_processes(lambda _: None, 0, count)
         runs[name] = optimizer.step
     times = interleaved(runs, rounds, prepare=prepare)
     found = {name: ratios(times, name, "none") for name in cases if name != "none"}
