@@ -105,6 +105,7 @@ FactorRefresh::FactorRefresh(Updates parts) : parts_(std::move(parts)) {
   live_ = enters_ = joined.live;
   size_ = joined.size;
   present_ = joined.present;
+  eigenvalues_ = joined.eigenvalues;
   next_ = joined.next;
 }
 
@@ -152,10 +153,8 @@ at::Tensor FactorRefresh::finish(const at::Tensor& wanted) {
   const at::Tensor of_rows = of_rows_.defined()
                                  ? select_layers(live_, of_rows_, at::zeros({}, kept_.options()))
                                  : at::Tensor();
-  const at::Tensor eigenvalues =
-      joined(parts_, [](const auto& part) { return part.factor.eigenvalues(); });
   const at::Tensor values =
-      select_layers(live_, values_.clamp_min(0) * mean_.unsqueeze(-1), eigenvalues);
+      select_layers(live_, values_.clamp_min(0) * mean_.unsqueeze(-1), eigenvalues_);
   const at::Tensor trace = at::where(live_, next_, present_);
   const at::Tensor failed = enters_.logical_and(live_.logical_not());
   // All that may throw (no memory) comes before a factor's first write, so that it is as it was or

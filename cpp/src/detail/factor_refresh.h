@@ -42,6 +42,7 @@ class FactorRefresh {
   at::Tensor mean_, size_;     // (L): of the next eigenvalues; d
   at::Tensor kept_;            // (L, k): what is kept of the eigenvalues, in units of the mean
   at::Tensor present_, next_;  // traces
+  at::Tensor eigenvalues_;     // (L, k): present ones
   at::Tensor of_basis_, of_rows_;  // (L, k, k): the next basis; of_rows_ undefined if complete
   at::Tensor values_;              // (L, k): in units of the mean
 };
