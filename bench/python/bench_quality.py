@@ -147,8 +147,9 @@ class Runs:
     def write(self) -> None:
         order = sorted(self.known.values(), key=lambda r: (*map(str, self.key(r)),))
         with replacing(self.path) as new:
-            content = {"bench": "quality", "machine": machine(), "rank": RANK, "runs": order}
-            new.write_text(json.dumps(content) + "\n")
+            head = {"bench": "quality", "machine": machine(), "rank": RANK}
+            rows = ",\n".join(json.dumps(run) for run in order)  # a line a run: readable diffs
+            new.write_text(f'{json.dumps(head)[:-1]}, "runs": [\n{rows}\n]}}\n')
 
 
 def loss_of(result: dict[str, Any]) -> float:
