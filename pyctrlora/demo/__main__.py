@@ -25,7 +25,7 @@ from pyctrlora import plot
 from pyctrlora.demo import report
 from pyctrlora.demo.job import Job, gpt_job, transformers_job
 from pyctrlora.demo.pretrain import Pretraining, default_cache, load_or_pretrain
-from pyctrlora.demo.train import Settings, compare
+from pyctrlora.demo.train import Run, Settings, compare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,14 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=options.seed,
         quick=options.quick,
         budget=options.budget,
+        calibration=options.cg_init,
     )
     print(f"fine-tuning on {job.text}: LoRA rank {options.rank} on all linear layers")
     result = compare(job, settings, say=_say)
     print(f"\n{report.table(result)}\n")
     adapter = job.save(result.model, options.out)
     report.plot(options.out / "loss.png", job, result)
-    if result.ctr.report is not None:
-        _plot_ranks(options.out, result.ctr.report)
+    _plot_report(options.out, result.ctr)
     seconds = time.perf_counter() - began
     extra = {"rank": options.rank, "seconds": seconds, "versions": _versions(), **origin}
     report.write_json(options.out / "run.json", report.as_json(job, result, extra))
@@ -92,15 +92,23 @@ def _make_job(options: argparse.Namespace) -> tuple[Job, dict[str, Any]]:
     }
 
 
-def _plot_ranks(folder: Path, content: dict[str, Any]) -> None:
-    for draw in (plot.ranks, plot.budget, plot.training):
-        draw(content, folder / f"{draw.__name__}.png")
-    ranks = content["ranks"].values()
-    print(
-        f"{folder / 'ranks.png'}, budget.png, training.png: {content['parameters']} of "
-        f"{content['budget']} parameters in use, ranks {min(ranks)} to {max(ranks)}, "
-        f"{len(content['events'])} changes of layers"
-    )
+def _plot_report(folder: Path, run: Run) -> None:
+    if run.spectra:
+        plot.spectra(run.spectra, folder / "spectra.png", run.noise_floors)
+        print(f"{folder / 'spectra.png'}: what cg_init found, in {run.start_seconds:.1f} s")
+    content = run.report
+    assert content is not None  # CTROptimizer's run has one
+    plot.training(content, folder / "training.png")
+    print(f"{folder / 'training.png'}: loss, predicted KL, change of outputs by step")
+    if content.get("budget") is not None:
+        plot.ranks(content, folder / "ranks.png")
+        plot.budget(content, folder / "budget.png")
+        ranks = content["ranks"].values()
+        print(
+            f"{folder / 'ranks.png'}, budget.png: {content['parameters']} of "
+            f"{content['budget']} parameters in use, ranks {min(ranks)} to {max(ranks)}, "
+            f"{len(content['events'])} changes of layers"
+        )
 
 
 def _say(line: str) -> None:
@@ -132,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=_at_least(1), default=8, help="sequences a step")
     add("--lr", type=_positive, default=0.1, help="CTROptimizer's")
     add("--budget", type=_positive, metavar="SHARE", help="of the adapters' parameters, up to 1")
+    add("--cg-init", type=_calibration, default=0, metavar="BATCHES", help="start from cg_init")
     add("--seed", type=int, default=0, help="of adapters and batches")
     add("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the results")
     add("--quick", action="store_true", help="one learning rate for AdamW, not a sweep")
@@ -139,6 +148,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache", type=Path, default=default_cache(), metavar="DIR", help="for the base model")
     add("--pretrain-steps", type=_at_least(1), default=Pretraining.steps, help="of the base model")
     return parser
+
+
+def _calibration(text: str) -> int:
+    value = int(text)
+    if value != 0 and value < 4:
+        raise argparse.ArgumentTypeError(f"expected 0 or at least 4 batches; got {value}")
+    return value
 
 
 def _at_least(least: int) -> Any:

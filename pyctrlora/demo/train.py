@@ -38,6 +38,7 @@ class Settings:
         evaluations: validation passes of a run beside the one before its first step.
         quick: AdamW runs once, with the second of its learning rates, instead of the sweep.
         budget: CTROptimizer's `rank_budget`; None keeps every direction.
+        calibration: batches of `cg_init` before CTROptimizer's run; 0: an ordinary start.
         options: further ones of CTROptimizer.
     """
 
@@ -49,6 +50,7 @@ class Settings:
     evaluations: int = 12
     quick: bool = False
     budget: float | None = None
+    calibration: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -66,7 +68,10 @@ class Run:
         step_seconds: of every training step, forward to `zero_grad`.
         optimizer_seconds: of every `step()`.
         state_bytes: size of the optimizer's tensors at the end.
-        report: CTROptimizer's, under a budget.
+        start_seconds: of `cg_init`, part of `seconds`.
+        spectra: by layer, singular values of the whitened gradient that `cg_init` found.
+        noise_floors: by layer, what noise alone reaches in it.
+        report: CTROptimizer's.
     """
 
     optimizer: str
@@ -78,6 +83,9 @@ class Run:
     step_seconds: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
     state_bytes: int = 0
+    start_seconds: float = 0.0
+    spectra: dict[str, list[float]] = field(default_factory=dict)
+    noise_floors: dict[str, float] = field(default_factory=dict)
     report: dict[str, Any] | None = None
 
     @property
@@ -185,12 +193,13 @@ def fine_tune(job: Job, settings: Settings, optimizer: str, lr: float) -> tuple[
         The run and the trained model.
     """
     model = job.make(settings.seed)
+    run = Run(optimizer, lr)
+    if optimizer == CTR and settings.calibration > 0:
+        _calibrate(run, job, model, settings)
     opt = _make_optimizer(model, optimizer, lr, settings)
     ramp = LambdaLR(opt, lambda i: warm_up_and_decay(i, settings.steps))
     data = batches(job.train, job.context, settings.batch, settings.steps, settings.seed)
     stops = {settings.steps * i // settings.evaluations for i in range(1, settings.evaluations + 1)}
-    run = Run(optimizer, lr)
-    budgeted = isinstance(opt, pyctrlora.CTROptimizer) and settings.budget is not None
     _evaluate(run, job, model)
     bar = tqdm(data, desc=f"{optimizer} lr {lr:g}", leave=False, disable=None)
     for step, tokens in enumerate(bar, start=1):
@@ -204,13 +213,13 @@ def fine_tune(job: Job, settings: Settings, optimizer: str, lr: float) -> tuple[
         opt.zero_grad()
         run.step_seconds.append(time.perf_counter() - began)
         run.train_losses.append(loss.item())
-        if budgeted:
+        if optimizer == CTR:
             opt.record(run.train_losses[-1])
         if step in stops:
             _evaluate(run, job, model)
             bar.set_postfix(validation=f"{run.final_loss:.3f}", refresh=False)
     run.state_bytes = sum(t.numel() * t.element_size() for t in _tensors(opt.state_dict()))
-    if budgeted:
+    if optimizer == CTR:
         run.report = opt.report()
     return run, model
 
@@ -233,13 +242,28 @@ def _make_optimizer(model: nn.Module, optimizer: str, lr: float, settings: Setti
     return torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=True)
 
 
+def _calibrate(run: Run, job: Job, model: nn.Module, settings: Settings) -> None:
+    data = iter(
+        batches(job.train, job.context, settings.batch, settings.calibration, settings.seed)
+    )
+
+    def train_step() -> None:
+        tokens = next(data)
+        token_loss(job.logits(model, tokens[:, :-1]), tokens).backward()  # type: ignore[no-untyped-call]
+
+    start = pyctrlora.cg_init(model, train_step, batches=settings.calibration)
+    run.start_seconds = start.seconds
+    run.spectra = {layer.name: list(layer.spectrum) for layer in start.layers}
+    run.noise_floors = {layer.name: layer.noise_floor for layer in start.layers}
+
+
 def _evaluate(run: Run, job: Job, model: nn.Module) -> None:
     model.eval()
     loss = mean_loss(lambda tokens: job.logits(model, tokens), job.validation)
     model.train()
     run.steps.append(len(run.step_seconds))
     run.losses.append(loss if math.isfinite(loss) else math.inf)
-    run.seconds.append(sum(run.step_seconds))
+    run.seconds.append(run.start_seconds + sum(run.step_seconds))
 
 
 def _tensors(state: object) -> Iterable[Tensor]:

@@ -69,6 +69,19 @@ def test_a_budget_leaves_its_pictures_and_its_report(cache: Path, tmp_path: Path
     assert content["runs"][-1]["optimizer"] == "CTROptimizer"
 
 
+def test_a_start_by_cg_init_leaves_its_spectra(cache: Path, tmp_path: Path) -> None:
+    arguments = [*TINY, "--quick", "--cg-init", "4", "--cache", str(cache), "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    for name in ("loss", "training", "spectra"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG)
+    assert not (tmp_path / "ranks.png").exists()
+    adamw, ctr = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert ctr["spectra"].keys() == ctr["noise_floors"].keys()
+    assert ctr["spectra"]
+    assert ctr["seconds"][0] == ctr["start_seconds"] > 0
+    assert not adamw["spectra"]
+
+
 def test_sweep_on_own_text_reuses_the_cached_model(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,7 +138,9 @@ def test_bad_input_is_named(
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("option", ["--rank=0", "--steps=1", "--lr=0", "--lr=nan", "--threads=0"])
+@pytest.mark.parametrize(
+    "option", ["--rank=0", "--steps=1", "--lr=0", "--lr=nan", "--threads=0", "--cg-init=3"]
+)
 def test_numbers_out_of_range_are_refused(option: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([option])
