@@ -121,7 +121,8 @@ def table(runs: list[Run]) -> str:
         names = ", ".join(of_task[0]["scores"])
         lines += [f"{task} ({of_task[0]['steps']} steps; score: {names})", ""]
         lines += ["| " + " | ".join(HEAD) + " |", "| --- " * len(HEAD) + "|"]
-        reference = winners([run for run in of_task if run["method"] == REFERENCE])
+        of_reference = [run for run in of_task if run["method"] == REFERENCE]
+        reference = winners(of_reference) if of_reference else {}  # then two columns stay empty
         for name in METHODS:
             own = [run for run in of_task if run["method"] == name]
             if any(run["seed"] == 0 for run in own):
