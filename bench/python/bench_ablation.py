@@ -74,6 +74,8 @@ RANKS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("rank 8, rank_budget 0.5, rank_start budget", 8, {"rank_budget": 0.5, "rank_start": "budget"}),
     ("rank 4", 4, {}),
 )
+RANK_LRS = (0.2, 0.4, 0.8)  # beside the default; each of these rows counts at its best
+SWEPT = ("rank 8", "rank 8, rank_budget 0.5", "rank 4")
 
 
 def losses(job: Job, settings: Settings, seeds: list[int], lr: float) -> dict[str, Any]:
@@ -100,6 +102,15 @@ def initialised(job: Job, batch: int) -> Job:
         return model
 
     return dataclasses.replace(job, make=make)
+
+
+def gap_closed(ranks: dict[str, Any]) -> float:
+    """Share of the loss between rank 4 and rank 8 that the budget closes."""
+    full, budget, half = (
+        min(float(ranks[key]["mean"]) for key in (row, *(f"{row}, lr {lr}" for lr in RANK_LRS)))
+        for row in SWEPT
+    )
+    return (half - budget) / (half - full)
 
 
 def main() -> None:
@@ -131,10 +142,10 @@ def main() -> None:
     note("changes", f"cg_init, {CALIBRATION} batches", partial(final, start, options.steps, {}))
     for name, rank, own in RANKS:
         note("ranks", name, partial(final, gpt_job(base, rank), options.rank_steps, own))
-    ends = [result["ranks"][name]["mean"] for name in ("rank 4", "rank 8")]
-    for name, *_ in RANKS[1:3]:
-        closed = (ends[0] - result["ranks"][name]["mean"]) / (ends[0] - ends[1])
-        result["ranks"][name]["gap_closed"] = closed
+        for lr in RANK_LRS if name in SWEPT else ():
+            run = partial(final, gpt_job(base, rank), options.rank_steps, own, lr)
+            note("ranks", f"{name}, lr {lr}", run)
+    result["gap_closed"] = gap_closed(result["ranks"])
     record("ablation", result, options.out)
 
 
