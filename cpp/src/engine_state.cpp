@@ -64,6 +64,17 @@ std::string impossible_factors(const std::vector<std::pair<std::string, at::Tens
   return out;
 }
 
+// A factor that no run can have come to; steps are multiplied by it.
+std::string impossible_radius(const std::map<std::string, at::Tensor>& given) {
+  const at::Tensor numbers = given.at("radius").to(at::kCPU, at::kDouble).contiguous();
+  const double factor = numbers.const_data_ptr<double>()[0];
+  if (factor >= RadiusControl::kSmallest && factor <= RadiusControl::kLargest) {
+    return "";
+  }
+  return c10::str("\n  radius: expected a factor in [", RadiusControl::kSmallest, ", ",
+                  RadiusControl::kLargest, "]; got ", factor);
+}
+
 // Names, shapes and values in which a saved state differs from what this engine can take, one a
 // line.
 std::string difference(const std::vector<std::pair<std::string, at::Tensor>>& own,
@@ -89,7 +100,7 @@ std::string difference(const std::vector<std::pair<std::string, at::Tensor>>& ow
       out += "\n  unexpected " + item.first;
     }
   }
-  return out.empty() ? impossible_factors(own, given) : out;
+  return out.empty() ? impossible_factors(own, given) + impossible_radius(given) : out;
 }
 
 }  // namespace

@@ -200,6 +200,9 @@ TEST_CASE("a state of other layers is refused with every difference, before any 
   bad["group0.output.trace"] = at::full({2}, 1e-300, at::kDouble);
   CHECK(contains(message(bad),
                  "\n  group0.output.eigenvalues: expected eigenvalues that add up to the trace"));
+  bad = good;
+  bad["radius"] = good.at("radius") * 1e175;  // steps are multiplied by the first number
+  CHECK(contains(message(bad), "\n  radius: expected a factor in [0.015625, 4]; got 1e+175"));
 }
 
 TEST_CASE("a state saved before a layer was ever observed resumes with a fresh basis") {
