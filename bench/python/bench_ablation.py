@@ -4,8 +4,8 @@
 
 With --resume the rows that FILE has are not repeated: right for a new row, wrong after a change of
 the method or of a default. 72 steps are 0.6 of those of `bench_convergence.py`, which has AdamW's
-best final losses for the same seeds. Ranks are compared over the whole 120 steps. Losses do not
-depend on the machine's load.
+best final losses for the same seeds. Ranks are compared over the whole 120 steps, full, half and
+budget each at its best of four learning rates. Losses do not depend on the machine's load.
 """
 
 from __future__ import annotations
@@ -21,16 +21,11 @@ from typing import TYPE_CHECKING, Any
 from common import RESULTS, record
 from jobs import demo_base
 
-import pyctrlora
-from pyctrlora.demo.data import batches
 from pyctrlora.demo.job import gpt_job
-from pyctrlora.demo.pretrain import token_loss
 from pyctrlora.demo.train import CTR, Settings, fine_tune
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
     from pyctrlora.demo.job import Job
 
@@ -67,7 +62,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"whitening": 0.0},
     {"factor_every": 3, "beta1": 0.8},
 )
-CALIBRATION = 8  # batches before the first step, with the demo's other settings
+CALIBRATION = 8  # batches of `cg_init` before the first step
 RANKS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("rank 8", 8, {}),
     ("rank 8, rank_budget 0.5", 8, {"rank_budget": 0.5}),
@@ -85,23 +80,6 @@ def losses(job: Job, settings: Settings, seeds: list[int], lr: float) -> dict[st
         for seed in seeds
     ]
     return {"mean": statistics.mean(runs), "losses": runs}
-
-
-def initialised(job: Job, batch: int) -> Job:
-    """The same job from `cg_init` on batches of its own."""
-
-    def make(seed: int) -> torch.nn.Module:
-        model = job.make(seed)
-        data = iter(batches(job.train, job.context, batch, CALIBRATION, seed + 1000))
-
-        def train_step() -> None:
-            tokens = next(data)
-            token_loss(job.logits(model, tokens[:, :-1]), tokens).backward()
-
-        pyctrlora.cg_init(model, train_step, batches=CALIBRATION, progress=False)
-        return model
-
-    return dataclasses.replace(job, make=make)
 
 
 def gap_closed(ranks: dict[str, Any]) -> float:
@@ -130,16 +108,19 @@ def main() -> None:
         result[part][name] = known.get(part, {}).get(name) or run()
         print(f"{name}: {result[part][name]['mean']:.4f}", flush=True)
 
-    def final(job: Job, steps: int, own: dict[str, Any], lr: float = Settings.lr) -> dict[str, Any]:
-        return losses(job, Settings(steps=steps, evaluations=1, options=own), options.seeds, lr)
+    def final(
+        job: Job, steps: int, own: dict[str, Any], lr: float = Settings.lr, calibration: int = 0
+    ) -> dict[str, Any]:
+        settings = Settings(steps=steps, evaluations=1, options=own, calibration=calibration)
+        return losses(job, settings, options.seeds, lr)
 
     for change in CHANGES:
         own = dict(change)
         lr = own.pop("lr", Settings.lr)
         name = ", ".join(f"{key} {value}" for key, value in change.items()) or "defaults"
         note("changes", name, partial(final, job, options.steps, own, lr))
-    start = initialised(job, Settings.batch)
-    note("changes", f"cg_init, {CALIBRATION} batches", partial(final, start, options.steps, {}))
+    run = partial(final, job, options.steps, {}, calibration=CALIBRATION)
+    note("changes", f"cg_init, {CALIBRATION} batches", run)
     for name, rank, own in RANKS:
         note("ranks", name, partial(final, gpt_job(base, rank), options.rank_steps, own))
         for lr in RANK_LRS if name in SWEPT else ():

@@ -66,8 +66,7 @@ std::string impossible_factors(const std::vector<std::pair<std::string, at::Tens
 
 // A factor that no run can have come to; steps are multiplied by it.
 std::string impossible_radius(const std::map<std::string, at::Tensor>& given) {
-  const at::Tensor numbers = given.at("radius").to(at::kCPU, at::kDouble).contiguous();
-  const double factor = numbers.const_data_ptr<double>()[0];
+  const double factor = given.at("radius").select(0, 0).item<double>();
   if (factor >= RadiusControl::kSmallest && factor <= RadiusControl::kLargest) {
     return "";
   }

@@ -100,7 +100,7 @@ def _plot_report(folder: Path, run: Run) -> None:
     assert content is not None  # CTROptimizer's run has one
     plot.training(content, folder / "training.png")
     print(f"{folder / 'training.png'}: loss, predicted KL, change of outputs by step")
-    if content.get("budget") is not None:
+    if content["budget"] is not None:
         plot.ranks(content, folder / "ranks.png")
         plot.budget(content, folder / "budget.png")
         ranks = content["ranks"].values()
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=_at_least(1), default=8, help="sequences a step")
     add("--lr", type=_positive, default=0.1, help="CTROptimizer's")
     add("--budget", type=_positive, metavar="SHARE", help="of the adapters' parameters, up to 1")
-    add("--cg-init", type=_calibration, default=0, metavar="BATCHES", help="start from cg_init")
+    add("--cg-init", type=_at_least(4), default=0, metavar="BATCHES", help="start from cg_init")
     add("--seed", type=int, default=0, help="of adapters and batches")
     add("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="for the results")
     add("--quick", action="store_true", help="one learning rate for AdamW, not a sweep")
@@ -148,13 +148,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache", type=Path, default=default_cache(), metavar="DIR", help="for the base model")
     add("--pretrain-steps", type=_at_least(1), default=Pretraining.steps, help="of the base model")
     return parser
-
-
-def _calibration(text: str) -> int:
-    value = int(text)
-    if value != 0 and value < 4:
-        raise argparse.ArgumentTypeError(f"expected 0 or at least 4 batches; got {value}")
-    return value
 
 
 def _at_least(least: int) -> Any:

@@ -140,7 +140,7 @@ def _pretrain(settings: Pretraining) -> Base:
     bar = tqdm(data, desc="pretraining on the standard library", leave=False, disable=None)
     for tokens in bar:
         loss = token_loss(model(tokens[:, :-1]), tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # of torch
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, ramp in zip(optimizers, ramps, strict=True):
             optimizer.step()

@@ -205,7 +205,7 @@ def fine_tune(job: Job, settings: Settings, optimizer: str, lr: float) -> tuple[
     for step, tokens in enumerate(bar, start=1):
         began = time.perf_counter()
         loss = token_loss(job.logits(model, tokens[:, :-1]), tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # of torch
         stepping = time.perf_counter()
         opt.step()
         run.optimizer_seconds.append(time.perf_counter() - stepping)
@@ -243,13 +243,13 @@ def _make_optimizer(model: nn.Module, optimizer: str, lr: float, settings: Setti
 
 
 def _calibrate(run: Run, job: Job, model: nn.Module, settings: Settings) -> None:
-    data = iter(
-        batches(job.train, job.context, settings.batch, settings.calibration, settings.seed)
-    )
+    count, seed = settings.calibration, settings.seed + 1000  # batches of its own
+    data = iter(batches(job.train, job.context, settings.batch, count, seed))
 
     def train_step() -> None:
         tokens = next(data)
-        token_loss(job.logits(model, tokens[:, :-1]), tokens).backward()  # type: ignore[no-untyped-call]
+        loss = token_loss(job.logits(model, tokens[:, :-1]), tokens)
+        loss.backward()  # type: ignore[no-untyped-call]  # of torch
 
     start = pyctrlora.cg_init(model, train_step, batches=settings.calibration)
     run.start_seconds = start.seconds
