@@ -64,9 +64,13 @@ std::string impossible_factors(const std::vector<std::pair<std::string, at::Tens
   return out;
 }
 
+at::Tensor radius_numbers(const std::map<std::string, at::Tensor>& given) {
+  return given.at("radius").to(at::kCPU, at::kDouble).contiguous();
+}
+
 // A factor that no run can have come to; steps are multiplied by it.
 std::string impossible_radius(const std::map<std::string, at::Tensor>& given) {
-  const double factor = given.at("radius").select(0, 0).item<double>();
+  const double factor = radius_numbers(given).const_data_ptr<double>()[0];
   if (factor >= RadiusControl::kSmallest && factor <= RadiusControl::kLargest) {
     return "";
   }
@@ -146,7 +150,7 @@ void Engine::load(const std::map<std::string, at::Tensor>& tensors) {
     tensor.copy_(tensors.at(name));
   }
   steps_ = tensors.at("steps").item<int64_t>();
-  const at::Tensor radius = tensors.at("radius").to(at::kCPU, at::kDouble).contiguous();
+  const at::Tensor radius = radius_numbers(tensors);
   const double* numbers = radius.const_data_ptr<double>();
   radius_ = RadiusControl();
   radius_.factor = numbers[0];
