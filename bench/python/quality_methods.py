@@ -34,6 +34,7 @@ class Method:
         config: further arguments of PEFT's LoraConfig.
         optimizer: "adamw", "loraplus", "riemannian", "rite" or "ctr".
         options: CTROptimizer's.
+        fused: PEFT's layers run as `pyctrlora.fuse` has them.
         lrs: where the sweep begins; None: the task's for AdamW, times `lr_scale`.
         lr_scale: how large a learning rate is beside AdamW's.
         about: what it is.
@@ -45,6 +46,7 @@ class Method:
     config: tuple[tuple[str, Any], ...] = ()
     optimizer: str = "adamw"
     options: tuple[tuple[str, Any], ...] = ()
+    fused: bool = False
     lrs: tuple[float, ...] | None = None
     lr_scale: float = 1.0
 
@@ -59,10 +61,12 @@ def ctr(about: str, **kwargs: Any) -> Method:
 METHODS = {
     "lora": Method("LoRA, AdamW"),
     "ctr": ctr("tangent step alone"),
+    "ctr_fused": ctr("tangent step alone, layers by fuse", fused=True),
     "ctr_cg": ctr("with cg_init", adapter="cg"),
     "ctr_half": ctr("half of the parameters, ranks by rank_budget", options=HALF),
     "ctr_half_cg": ctr("the same after cg_init", adapter="cg", options=HALF),
     "ctr_uniform_half": ctr("half of the rank everywhere", rank=0.5),
+    "lora_fused": Method("LoRA, AdamW, layers by fuse", fused=True),
     "lora_half": Method("LoRA, AdamW, half of the rank", rank=0.5),
     "adalora_half": Method("AdaLoRA to half of the rank", rank=0.5, adapter="adalora"),
     "rslora": Method("rank-stabilised scaling", config=(("use_rslora", True),)),
@@ -120,6 +124,8 @@ def make_model(task: Task, method: Method, seed: int, rank: int, steps: int) -> 
     if method.adapter == "cg":
         step = calibrate(model, data)
         pyctrlora.cg_init(model, step, batches=CALIBRATION, progress=False)
+    if method.fused:
+        pyctrlora.fuse(model)
     return model.train()
 
 
