@@ -56,8 +56,8 @@ class EngineOptions(TypedDict, total=False):
         gram_floor: relative floor of the rank-space Gram matrix, in (0, 1). Default 1e-4.
         kl_radius: radius of the global Fisher ball in nats per loss term, > 0. Default 0.005: it
             hardly matters at a good lr and bounds one that is too large. Summed over layers as if
-            they were independent, so less than the true KL of a step on its batch (35 to 150
-            times, measured).
+            they were independent, which a step's are not: the true KL is another number, at a good
+            lr a larger one.
         rms_beta: EMA weight of the raw direction's squared length, in [0, 1). Default 0.7.
         step_length: "rms" (default): steps shrink where gradients are noise; "radius": every step
             fills the output ball; "newton": to the minimum of the curvature model along the

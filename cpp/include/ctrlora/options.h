@@ -98,9 +98,9 @@ struct CTRLORA_API Options {
   // ---- Length (section 4) ----
 
   /// Radius of the global Fisher ball in nats per loss term at the initial learning rate, > 0; inf
-  /// switches it off. Summed over layers as if they were independent: the true KL of a step on its
-  /// batch is larger, 35 to 150 times [M]. At a good learning rate it hardly matters [M]; it bounds
-  /// a too large one.
+  /// switches it off. Summed over layers as if they were independent, which a step's are not: the
+  /// true KL is another number, at good learning rates a larger one (cpp/README.md, section 12). At
+  /// a good learning rate the ball hardly matters [M]; it bounds a too large one.
   double kl_radius = 0.005;
 
   /// EMA weight of the raw direction's squared length, measured every third step, in [0, 1). 0.7
