@@ -33,6 +33,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {},
     {"lr": 0.07},
     {"lr": 0.14},
+    {"beta1": 0.0},
     {"beta1": 0.5},
     {"beta1": 0.8},
     {"factor_every": 2},
@@ -51,6 +52,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"kl_radius": 0.0025},
     {"kl_radius": 0.01},
     {"kl_radius": math.inf},
+    {"rms_beta": 0.0},
     {"rms_beta": 0.5},
     {"rms_beta": 0.9},
     {"sketch_rank": 8},
@@ -60,6 +62,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"step_length": "radius", "lr": 0.05},
     {"curvature": "gradient"},
     {"whitening": 0.0},
+    {"balance_every": 10},
     {"factor_every": 3, "beta1": 0.8},
 )
 CALIBRATION = 8  # batches of `cg_init` before the first step
