@@ -1,4 +1,5 @@
 #include "bindings.h"
+#include "ctrlora/head.h"
 #include "ctrlora/lora_linear.h"
 #include "ctrlora/lora_pair.h"
 #include "ctrlora/observation.h"
@@ -34,6 +35,16 @@ void bind_pairs(py::module_& m) {
             return slot.capture(inputs, base_output.value_or(at::Tensor()));
           },
           py::arg("inputs"), py::arg("base_output"), ReleaseGil());
+
+  py::class_<HeadCapture, std::shared_ptr<HeadCapture>>(m, "HeadCapture",
+                                                        "A forward of a head, before its backward.")
+      .def("complete", &HeadCapture::complete, py::arg("output_grad"), ReleaseGil());
+  py::class_<HeadSlot, std::shared_ptr<HeadSlot>>(m, "HeadSlot", "A head's channel to the engine.")
+      .def_property_readonly("wanted", &HeadSlot::wanted)
+      .def("capture", &HeadSlot::capture, py::arg("outputs"), ReleaseGil());
+  m.def("register_head", wrapped(&register_head), py::arg("weight"));
+  m.def("find_head", wrapped(&find_head), py::arg("weight"));
+  m.def("unregister_head", wrapped(&unregister_head), py::arg("weight"));
 
   m.def("register_pair", wrapped(&register_pair), py::arg("pair"));
   m.def("unregister_pair", wrapped(&unregister_pair), py::arg("tensor"));

@@ -16,6 +16,8 @@ __all__: list[str] = [
     "FactorSketch",
     "GaugeMap",
     "GroupSettings",
+    "HeadCapture",
+    "HeadSlot",
     "HutchinsonProbe",
     "LayerInit",
     "LayerPlan",
@@ -39,13 +41,16 @@ __all__: list[str] = [
     "balance",
     "budget_from_fraction",
     "check_budget",
+    "find_head",
     "find_pair",
     "find_slot",
     "lora_delta",
     "lora_linear",
     "plan_ranks",
+    "register_head",
     "register_pair",
     "shift_base",
+    "unregister_head",
     "unregister_pair",
     "used_parameters",
 ]
@@ -108,6 +113,10 @@ class Options:
     def gram_floor(self) -> float: ...
     @gram_floor.setter
     def gram_floor(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def head_radius(self) -> float: ...
+    @head_radius.setter
+    def head_radius(self, arg0: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
     @property
     def hutchinson_every(self) -> int: ...
     @hutchinson_every.setter
@@ -237,6 +246,20 @@ class ObservationSlot:
     def handle(self) -> int: ...
     @property
     def observations(self) -> int: ...
+    @property
+    def wanted(self) -> bool: ...
+
+class HeadCapture:
+    """
+    A forward of a head, before its backward.
+    """
+    def complete(self, output_grad: torch.Tensor) -> None: ...
+
+class HeadSlot:
+    """
+    A head's channel to the engine.
+    """
+    def capture(self, outputs: torch.Tensor) -> HeadCapture: ...
     @property
     def wanted(self) -> bool: ...
 
@@ -712,6 +735,7 @@ def check_budget(
     budget: typing.SupportsInt | typing.SupportsIndex,
     rules: RankRules,
 ) -> None: ...
+def find_head(weight: torch.Tensor) -> HeadSlot: ...
 def find_pair(tensor: torch.Tensor) -> LoraPair | None: ...
 def find_slot(tensor: torch.Tensor) -> ObservationSlot: ...
 def lora_delta(
@@ -738,6 +762,7 @@ def plan_ranks(
     budget: typing.SupportsInt | typing.SupportsIndex,
     rules: RankRules,
 ) -> list[LayerPlan]: ...
+def register_head(weight: torch.Tensor) -> HeadSlot: ...
 def register_pair(pair: LoraPair) -> ObservationSlot: ...
 def shift_base(
     weight: torch.Tensor,
@@ -746,6 +771,7 @@ def shift_base(
     scaling: typing.SupportsFloat | typing.SupportsIndex,
     transposed: bool,
 ) -> None: ...
+def unregister_head(weight: torch.Tensor) -> None: ...
 def unregister_pair(tensor: torch.Tensor) -> None: ...
 def used_parameters(
     layers: collections.abc.Sequence[RankLayer],
@@ -753,5 +779,5 @@ def used_parameters(
 ) -> int: ...
 
 BUILT_WITH_TORCH: str = "2.13.0"
-STATE_VERSION: int = 2
+STATE_VERSION: int = 3
 VERSION: str = "0.1.0"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyctrlora import _C
+from pyctrlora.heads import HeadObserver, watch_heads
 from pyctrlora.layers import LoRALinear
 from pyctrlora.observer import LayerObserver
 
@@ -31,6 +32,9 @@ def attach(model: nn.Module, adapter_name: str | None = None) -> Attachment:
     listed. What is no plain pair (DoRA and other variants, MoE parameter wrappers, convolutions,
     embeddings, `nn.MultiheadAttention`, tied adapters) is named once in a warning; `CTROptimizer`
     trains it by AdamW.
+
+    Full linear layers that are trained behind the last adapter (a fresh head) are observed too: a
+    step must not change their outputs by more than the option `head_radius`.
 
     Observation costs nothing on the steps on which no optimizer asks for it, is counted once per
     backward under both modes of activation checkpointing, and ignores passes without gradient,
@@ -68,6 +72,7 @@ def attach(model: nn.Module, adapter_name: str | None = None) -> Attachment:
         pair = _C.find_pair(layer.lora_a)
         if pair is not None:
             attachment.pairs.append(pair)
+    attachment._heads += watch_heads(model)
     return attachment
 
 
@@ -84,6 +89,7 @@ class Attachment:
         self.pairs: list[_C.LoraPair] = []
         self.skipped = skipped
         self._observed: list[tuple[LayerObserver, str, _C.ObservationSlot, Tensor]] = []
+        self._heads: list[tuple[HeadObserver, nn.Linear]] = []
 
     def detach(self) -> None:
         """Removes what this attachment installed; an optimizer keeps the curvature it has seen.
@@ -95,6 +101,9 @@ class Attachment:
             if observer.forget(adapter, slot):
                 _C.unregister_pair(a)
         self._observed.clear()
+        for head_observer, head in self._heads:
+            head_observer.forget(head)
+        self._heads.clear()
 
     def __enter__(self) -> Attachment:
         """Itself."""

@@ -62,6 +62,8 @@ def _fallback_lines(index: int, group: dict[str, Any], waiting: set[int]) -> Ite
     yield f"group {index}: {len(live)} parameters by AdamW, lr {float(group['lr']):g}"
     for name, tensor in live:
         reason = skip_reason(tensor)
-        yield f"  {label(name, tensor)}" + (f", of LoRA layer {reason}" if reason else "")
+        note = f", of LoRA layer {reason}" if reason else ""
+        note += ", a head: bounds the pairs' steps" if _C.find_head(tensor) is not None else ""
+        yield f"  {label(name, tensor)}{note}"
     if len(live) < len(members):
         yield f"  {len(members) - len(live)} frozen ones left alone"

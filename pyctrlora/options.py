@@ -58,6 +58,10 @@ class EngineOptions(TypedDict, total=False):
             hardly matters at a good lr and bounds one that is too large. Summed over layers as if
             they were independent, which a step's are not: the true KL is another number, at a good
             lr a larger one.
+        head_radius: largest relative change, to first order, of the outputs of a head that is
+            trained along (a full linear layer behind the last adapter), in one step, > 0. Default
+            0.3: holds the adapters back while a fresh head knows nothing, never felt later or
+            without one. inf switches it off.
         rms_beta: EMA weight of the raw direction's squared length, in [0, 1). Default 0.7.
         step_length: "rms" (default): steps shrink where gradients are noise; "radius": every step
             fills the output ball; "newton": to the minimum of the curvature model along the
@@ -99,6 +103,7 @@ class EngineOptions(TypedDict, total=False):
     beta1: float
     gram_floor: float
     kl_radius: float
+    head_radius: float
     rms_beta: float
     step_length: Literal["rms", "radius", "newton"]
     curvature_decay: float

@@ -13,10 +13,22 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LINE, _LIMIT = "#c4451c", "#8a8a8a"
+# What a step changes: its label, the metric that bounds it, the axis, what the bound is.
+_SHORTENED = "the radius, to which steps are shortened"
+_BOUNDS = {
+    "predicted_kl": ("predicted KL, nats per term", "kl_radius", "log", _SHORTENED),
+    "head_change": ("relative change of heads", "head_radius", "log", _SHORTENED),
+    "output_change_mean": (
+        "relative change of outputs",
+        "lr",
+        "linear",
+        "lr, the most that is allowed",
+    ),
+}
 
 
 def training(report: Mapping[str, Any], path: str | Path) -> None:
-    """Loss, and the predicted KL against its radius, over the recorded steps.
+    """Loss, and what steps change against its bounds, over the recorded steps.
 
     Args:
         report: of an optimizer whose `record` was called after steps.
@@ -31,25 +43,17 @@ def training(report: Mapping[str, Any], path: str | Path) -> None:
             "[pyctrlora.plot.training] expected recorded steps; got none. Remedy: opt.record(loss) "
             "after opt.step()."
         )
-    names = [name for name in ("loss", "predicted_kl", "output_change_mean") if name in rows]
-    labels = {
-        "loss": "loss",
-        "predicted_kl": "predicted KL, nats per term",
-        "output_change_mean": "relative change of outputs",
-    }
+    names = [name for name in ("loss", *_BOUNDS) if name in rows]
     figure, axes = _figure(len(names), height=2.3)
     for ax, name in zip(axes, names, strict=True):
         ax.plot(rows["steps"], _gaps(rows[name]), color=_LINE, lw=1.2)
-        ax.set_ylabel(labels[name])
-        if name == "predicted_kl":
-            ax.plot(rows["steps"], _gaps(rows["kl_radius"]), color=_LIMIT, lw=1, ls="--")
-            ax.set_yscale("log")
-            ax.set_title(
-                "dashed: the radius, to which steps are shortened", fontsize=8, loc="right"
-            )
-        if name == "output_change_mean":
-            ax.plot(rows["steps"], _gaps(rows["lr"]), color=_LIMIT, lw=1, ls="--")
-            ax.set_title("dashed: lr, the most that is allowed", fontsize=8, loc="right")
+        ax.set_ylabel(name)
+        if name in _BOUNDS:
+            label, bound, scale, title = _BOUNDS[name]
+            ax.plot(rows["steps"], _gaps(rows[bound]), color=_LIMIT, lw=1, ls="--")
+            ax.set_ylabel(label)
+            ax.set_yscale(scale)
+            ax.set_title(f"dashed: {title}", fontsize=8, loc="right")
     axes[-1].set_xlabel("training steps")
     figure.savefig(path, dpi=150)
 

@@ -2,6 +2,9 @@
 
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -22,13 +25,19 @@ namespace ctrlora {
 
 struct Engine::StepReport {
   at::Tensor predicted_kl;  // (1) before the Fisher ball
-  at::Tensor shrink;        // (1) phi
+  at::Tensor kl_shrink;     // (1) phi of the Fisher ball
+  at::Tensor shrink;        // (1) phi of both
   double kl_radius = 0.0;
+  at::Tensor head_change;  // (1) of the heads' outputs at most, before their ball; undefined: none
+  double head_radius = 0.0;
   std::vector<detail::RankSpace> spaces;  // with their proposals; read by metrics() alone
 };
 
 Engine::Engine(const Options& options)
-    : options_(options), report_(std::make_unique<StepReport>()), side_stream_(options.overlap) {
+    : options_(options),
+      head_meter_(std::make_shared<HeadMeter>()),
+      report_(std::make_unique<StepReport>()),
+      side_stream_(options.overlap) {
   options_.validate();
   sampler_ = std::make_shared<RowSampler>(options_.sample_rows, options_.seed);
 }
@@ -79,6 +88,12 @@ void Engine::add_fallback(const std::vector<at::Tensor>& params, int64_t group) 
   if (!params.empty()) {
     fallbacks_.push_back(std::make_unique<detail::AdamW>(params, group));
   }
+  for (const at::Tensor& param : params) {
+    if (const std::shared_ptr<HeadSlot> head = find_head(param)) {
+      head->connect(head_meter_, head_meter_->add_head(param));
+      heads_.push_back(head);
+    }
+  }
 }
 
 void Engine::step(const std::vector<GroupSettings>& settings) {
@@ -104,6 +119,7 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
     report_->spaces = detail::RankSpace::sort(moving);
     detail::RankSpace::propose(report_->spaces, options_);
     fisher_ball();
+    head_ball();
     for (const detail::RankSpace& space : report_->spaces) {
       space.apply(report_->shrink);
     }
@@ -119,6 +135,7 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
       rank_control_->after_step(groups_, steps_);
     }
   }
+  head_meter_->drop();
   for (const auto& fallback : fallbacks_) {
     if (by_group[static_cast<size_t>(fallback->group())]->lr != 0.0) {
       fallback->step(fallback_settings(*fallback, by_group), options_.maximize);
@@ -140,21 +157,45 @@ void Engine::join_refreshes() const {
   }
 }
 
-// One phi <= 1 for all layers: half the sum of the quartics at the lengths found so far, as one
-// quartic in phi.
-void Engine::fisher_ball() {
+double Engine::schedule() const {
   double ratio = 0.0;
   for (const detail::RankSpace& space : report_->spaces) {
     ratio = std::max(ratio, space.schedule());
   }
+  return ratio;
+}
+
+// One phi <= 1 for all layers: half the sum of the quartics at the lengths found so far, as one
+// quartic in phi.
+void Engine::fisher_ball() {
+  const double scale = schedule() * radius_.factor;
   const Quartic kl = detail::RankSpace::predicted_kl(report_->spaces);
   const at::Tensor one = at::ones({1}, kl.c2.options());
-  report_->kl_radius = options_.kl_radius * ratio * ratio * radius_.factor * radius_.factor;
+  report_->kl_radius = options_.kl_radius * scale * scale;
   report_->predicted_kl = kl(one);
-  report_->shrink =
+  report_->kl_shrink =
       std::isinf(options_.kl_radius)
           ? one
           : inside_ball(kl, at::full({1}, std::sqrt(report_->kl_radius), one.options()), one);
+  report_->shrink = report_->kl_shrink;
+}
+
+// Another phi: what all layers together change the loss by is no more than what a change of the
+// heads' outputs by head_radius would.
+void Engine::head_ball() {
+  report_->head_change = at::Tensor();
+  if (heads_.empty() || std::isinf(options_.head_radius)) {
+    return;
+  }
+  head_meter_->commit(options_.factor_beta, options_.loss_scale, processes_.get());
+  const at::Tensor decrease =
+      detail::RankSpace::predicted_decrease(report_->spaces) * report_->kl_shrink;
+  const at::Tensor sensitivity = head_meter_->sensitivity().to(decrease.device());
+  report_->head_radius = options_.head_radius * schedule() * radius_.factor;
+  const at::Tensor zero = at::zeros({}, decrease.options());
+  report_->head_change = at::where(decrease > 0, decrease / sensitivity, zero);
+  const at::Tensor phi = report_->head_radius / report_->head_change;
+  report_->shrink = report_->kl_shrink * at::where(phi < 1, phi, at::ones_like(phi));
 }
 
 std::vector<const GroupSettings*> Engine::checked(
@@ -236,6 +277,7 @@ void Engine::drop_observations() {
   for (const auto& group : groups_) {
     group->drop_observations();
   }
+  head_meter_->drop();
 }
 
 void Engine::set_loss_scale(double loss_scale) {
@@ -280,7 +322,11 @@ std::map<std::string, double> Engine::metrics() const {
   if (report_->shrink.defined()) {
     out["predicted_kl"] = report_->predicted_kl.item<double>();
     out["kl_radius"] = report_->kl_radius;
-    out["kl_shrink"] = report_->shrink.item<double>();
+    out["kl_shrink"] = report_->kl_shrink.item<double>();
+    if (report_->head_change.defined()) {
+      out["head_change"] = report_->head_change.item<double>();
+      out["head_radius"] = report_->head_radius;
+    }
     double decrease = 0.0;
     double mean = 0.0;
     double largest = 0.0;

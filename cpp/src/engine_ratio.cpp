@@ -116,6 +116,9 @@ void Engine::observe(bool on) {
   for (const auto& group : groups_) {
     group->observe_next(on);
   }
+  for (const auto& head : heads_) {
+    head->set_wanted(on);
+  }
 }
 
 }  // namespace ctrlora

@@ -25,6 +25,9 @@ std::vector<std::pair<std::string, at::Tensor>> Engine::named_tensors() const {
   out.emplace_back("radius", at::tensor({radius_.factor, radius_.actual, radius_.predicted,
                                          static_cast<double>(radius_.rejected)},
                                         at::kDouble));
+  for (const auto& item : head_meter_->named_tensors()) {
+    out.push_back(item);
+  }
   for (size_t i = 0; i < groups_.size(); ++i) {
     const std::string prefix = "group" + std::to_string(i) + ".";
     out.emplace_back(prefix + "age", number(groups_[i]->age()));

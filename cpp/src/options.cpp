@@ -35,6 +35,7 @@ void Options::validate() const {
   CTRLORA_RULE(kWhere, beta1, beta1 >= 0.0 && beta1 < 1.0);
   CTRLORA_RULE(kWhere, gram_floor, gram_floor > 0.0 && gram_floor < 1.0);
   CTRLORA_RULE(kWhere, kl_radius, kl_radius > 0.0);
+  CTRLORA_RULE(kWhere, head_radius, head_radius > 0.0);
   CTRLORA_RULE(kWhere, rms_beta, rms_beta >= 0.0 && rms_beta < 1.0);
   CTRLORA_RULE(kWhere, step_length,
                step_length == "rms" || step_length == "radius" || step_length == "newton");

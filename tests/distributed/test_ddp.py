@@ -61,6 +61,8 @@ def distance(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> float:
         ("no_sync", 2, 60),
         ("uneven", 4, 60),
         ("no rows", 2, 60),
+        ("head", 2, 60),
+        ("head", 4, 60),
     ],
 )
 def test_processes_agree_with_each_other_and_with_one(tmp_path, scenario, count, steps):

@@ -78,6 +78,8 @@ def options_of(scenario: str) -> dict[str, Any]:
     options |= {"factor_every": 3, "exchange_every": 3}
     if scenario.startswith("sketch"):  # neither all rows nor all directions
         options |= {"sketch_rank": 3, "sample_rows": 5}
+    if scenario == "head":  # bound by it on each step
+        options |= {"head_radius": 0.01, "lr": 1.0}
     if scenario == "sketch, seldom":  # the defaults
         options |= {"factor_every": 1, "exchange_every": 12}
     if scenario.startswith("ranks"):  # events after steps 10, 18, ..., 178
@@ -86,6 +88,8 @@ def options_of(scenario: str) -> dict[str, Any]:
 
 
 def optimizer_of(scenario: str, model: nn.Module) -> pyctrlora.CTROptimizer:
+    if scenario == "head":
+        pyctrlora.attach(model)
     opt = pyctrlora.CTROptimizer(model.named_parameters(), **options_of(scenario))
     if scenario.startswith("ranks"):  # the wrong way round, so that directions must move
         names = {layer.split(".")[-1]: layer for layer in opt.ranks()}

@@ -37,10 +37,11 @@ struct ModelImpl : torch::nn::Module {
     const torch::nn::Linear second(kWidth, kWidth);
     deep = register_module("deep", ctrlora::LoRALinear(second, 4, 8.0, "deep"));
     head = register_module("head", torch::nn::Linear(kWidth, kSymbols));
+    ctrlora::register_head(head->weight);  // steps heed what it knows; before the optimizer
   }
   at::Tensor forward(const at::Tensor& bytes) {
     const at::Tensor x = table(bytes).flatten(1);
-    return head(torch::tanh(deep(torch::tanh(hidden(x)))));
+    return ctrlora::watch_head(head->weight, head(torch::tanh(deep(torch::tanh(hidden(x))))));
   }
 };
 TORCH_MODULE(Model);

@@ -144,7 +144,7 @@ class Twins:
                         relative(own["base_square"], pair.base_square.value),
                     )
                 )
-            rms = torch.tensor(pair.rms_square, dtype=torch.float64)
+            rms = torch.tensor(pair.rms.biased, dtype=torch.float64)
             found.append((f"layer {index} rms_square", relative(own["rms_square"], rms)))
             if pair.updates:  # the product is what no gauge changes
                 ours = own["momentum_b"].double() @ own["momentum_a"].double()
@@ -171,7 +171,7 @@ class Twins:
         decrease = reference.phi * sum(pair.f * pair.predicted for pair in self.moved)
         return {
             "predicted_kl": reference.kl,
-            "kl_shrink": reference.phi,
+            "kl_shrink": reference.kl_phi,
             "predicted_decrease": decrease,
         }
 

@@ -90,6 +90,7 @@ def python_losses(path: Path) -> dict[int, str]:
     data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).long()
     torch.manual_seed(0)
     model = Model()
+    pyctrlora.attach(model)  # its head is trained along
     opt = pyctrlora.CTROptimizer(model.parameters(), lr=0.1)
     out = {}
     for step in range(STEPS):

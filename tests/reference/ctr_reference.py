@@ -10,6 +10,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+from reference.averages import Average, Debiased, calm
+from reference.head_ball import HeadBall
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Settings:
     beta1: float = 0.6
     gram_floor: float = 1e-4
     kl_radius: float = 0.005
+    head_radius: float = 0.3
     rms_beta: float = 0.7
     step_length: str = "rms"
     balance_every: int = 100
@@ -45,26 +48,6 @@ class Group:
     lr: float
     initial_lr: float
     weight_decay: float = 0.0
-
-
-def calm(size: float, mean: float) -> float:
-    """§6 Spikes: the factor that brings a sample of that size down to 25 times the mean."""
-    return 25 * mean / size if 0 < 25 * mean < size else 1.0
-
-
-@dataclass
-class Average:
-    """§2 Commit: a plain mean of what was seen first, then an EMA; nothing is initialised."""
-
-    seen: int = 0
-    value: Any = None
-
-    def add(self, new: Tensor, beta: float) -> None:
-        self.seen += 1
-        b = min(beta, 1 - 1 / self.seen)
-        if self.seen > 1:
-            new = new * calm(*(float(t.trace() if t.dim() else t) for t in (new, self.value)))
-        self.value = new if self.value is None else b * self.value + (1 - b) * new
 
 
 @dataclass(eq=False)
@@ -85,15 +68,11 @@ class Layer:
     momentum_b: Any = 0.0
     age: int = 0
     updates: int = 0
-    rms_square: float = 0.0
-    rms_seen: int = 0
+    rms: Debiased = field(default_factory=Debiased)
     f: float = 0.0
     move_a: Any = 0.0
     move_b: Any = 0.0
     predicted: float = 0.0
-
-    def rms_mean(self, o: Settings) -> float:
-        return self.rms_square / max(1 - o.rms_beta**self.rms_seen, 1e-300)
 
     def factors(self, sketch_rank: int | None) -> tuple[Tensor, Tensor]:
         """(Ω, S) as the step uses them."""
@@ -218,7 +197,8 @@ class Reference:
     """All layers and one step: `observe` every layer on every backward, then `step`."""
 
     def __init__(self, layers: list[Layer], settings: Settings) -> None:
-        self.layers, self.settings, self.kl, self.phi = layers, settings, 0.0, 1.0
+        self.layers, self.settings, self.kl, self.kl_phi, self.phi = layers, settings, 0.0, 1.0, 1.0
+        self.heads = HeadBall(settings.head_radius, settings.factor_beta, settings.loss_scale)
 
     def wanted(self, layer: Layer, least: int = 1) -> bool:
         """§2 Schedule: all at first, then a contiguous part of the layers of one shape a step."""
@@ -251,7 +231,13 @@ class Reference:
                 sign = -1 if o.maximize else 1
                 self._plan(layer, sign * grad_a, sign * grad_b, groups[layer.group].lr)
                 moved.append(layer)
-        self.phi = self._fisher_ball(moved, groups)
+        if all(groups[layer.group].lr == 0 for layer in self.layers):
+            self.heads.rows = []
+        schedules = (min(1.0, groups[i.group].lr / groups[i.group].initial_lr) for i in moved)
+        schedule = max(schedules, default=1.0)
+        self.kl_phi = self._fisher_ball(moved, schedule)
+        decrease = self.kl_phi * sum(layer.f * layer.predicted for layer in moved)
+        self.phi = self.kl_phi * self.heads.shrink(decrease, schedule)
         for layer in moved:
             keep = 1 - groups[layer.group].lr * groups[layer.group].weight_decay
             layer.a = keep * layer.a + self.phi * layer.move_a
@@ -274,11 +260,9 @@ class Reference:
         if self.wanted(layer, least=3):
             raw = quartic(layer, *direction(layer, g_a, g_b, o), eye, omega)
             # Right after a restart of the factors the mean is in another metric's units.
-            known = layer.rms_mean(o) if layer.input_factor.seen > 1 else 0.0
-            sample = float(raw[0]) * calm(float(raw[0]), known)
-            layer.rms_seen += 1
-            layer.rms_square = o.rms_beta * layer.rms_square + (1 - o.rms_beta) * sample
-        own, rms_square = quartic(layer, d_a, d_b, eye, omega), layer.rms_mean(o)
+            known = layer.rms.mean(o.rms_beta) if layer.input_factor.seen > 1 else 0.0
+            layer.rms.add(float(raw[0]), o.rms_beta, known)
+        own, rms_square = quartic(layer, d_a, d_b, eye, omega), layer.rms.mean(o.rms_beta)
         square = rms_square if o.step_length == "rms" else float(own[0])
         unit_gain = omega.trace() * len(big_s) / len(omega)
         base_square = unit_gain if layer.base_square.value is None else layer.base_square.value
@@ -288,7 +272,7 @@ class Reference:
         if calm(float(own[0]), rms_square) < 1:
             layer.momentum_a, layer.momentum_b, layer.updates = 0 * m_a, 0 * m_b, 0
 
-    def _fisher_ball(self, moved: list[Layer], groups: list[Group]) -> float:
+    def _fisher_ball(self, moved: list[Layer], schedule: float) -> float:
         """One φ ≤ 1 for all: ½ Σ ‖D_l(φ f_l)‖_M² ≤ kl_radius · (lr / initial lr)² (§4)."""
         total = torch.zeros(3, dtype=torch.float64)
         for layer in moved:
@@ -296,5 +280,4 @@ class Reference:
             if not layer.proxied:
                 total += 0.5 * quartic(layer, layer.move_a, layer.move_b, big_s, omega)
         self.kl = float(total.sum())
-        schedules = (min(1.0, groups[i.group].lr / groups[i.group].initial_lr) for i in moved)
-        return shorten(total, 1.0, self.settings.kl_radius * max(schedules, default=1.0) ** 2)
+        return shorten(total, 1.0, self.settings.kl_radius * schedule**2)

@@ -5,6 +5,7 @@
 #include "ctrlora/ctr_optimizer.h"      // IWYU pragma: export
 #include "ctrlora/engine.h"             // IWYU pragma: export
 #include "ctrlora/gauge.h"              // IWYU pragma: export
+#include "ctrlora/head.h"               // IWYU pragma: export
 #include "ctrlora/hutchinson.h"         // IWYU pragma: export
 #include "ctrlora/kronecker_factors.h"  // IWYU pragma: export
 #include "ctrlora/layer_group.h"        // IWYU pragma: export

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "ctrlora/export.h"
+#include "ctrlora/head.h"
 #include "ctrlora/layer_group.h"
 #include "ctrlora/lora_pair.h"
 #include "ctrlora/options.h"
@@ -39,7 +40,8 @@ class CTRLORA_API Engine {
   /// @throws c10::ValueError if a pair is invalid or one of its tensors is here already.
   void add_pairs(const std::vector<LoraPair>& pairs, int64_t group);
 
-  /// Other parameters of group `group`: trained by AdamW (Loshchilov & Hutter 2019).
+  /// Other parameters of group `group`: trained by AdamW (Loshchilov & Hutter 2019). The weight of
+  /// a head that register_head() knows bounds the pairs' steps from now on.
   void add_fallback(const std::vector<at::Tensor>& params, int64_t group);
 
   /// Keeps the pairs that are here now to a budget of parameters: ranks come down to it after the
@@ -118,7 +120,9 @@ class CTRLORA_API Engine {
   struct StepReport;
   [[nodiscard]] std::vector<const GroupSettings*> checked(
       const std::vector<GroupSettings>& settings) const;
+  [[nodiscard]] double schedule() const;
   void fisher_ball();
+  void head_ball();
   void inform_of_processes(size_t first);
   void join_refreshes() const;
   [[nodiscard]] std::vector<at::Tensor> all_parameters() const;
@@ -132,6 +136,8 @@ class CTRLORA_API Engine {
   std::shared_ptr<RowSampler> sampler_;
   std::vector<std::shared_ptr<LayerGroup>> groups_;
   std::vector<std::unique_ptr<detail::AdamW>> fallbacks_;
+  std::vector<std::shared_ptr<HeadSlot>> heads_;
+  std::shared_ptr<HeadMeter> head_meter_;
   std::vector<std::string> retired_;
   std::unique_ptr<StepReport> report_;
   std::shared_ptr<const Processes> processes_;  // null: there is one

@@ -116,26 +116,50 @@ void RankSpace::propose(std::vector<RankSpace>& spaces, const Options& options) 
   }
 }
 
-Quartic RankSpace::predicted_kl(const std::vector<RankSpace>& spaces) {
-  std::map<size_t, Quartic> by_place;
+// part(space)(begin, end) of every member, in the order of the groups: sums over them do not depend
+// on how many spaces there are.
+template <typename Value, typename Part>
+std::vector<Value> RankSpace::by_place(const std::vector<RankSpace>& spaces, const Part& part) {
+  std::map<size_t, Value> sorted;
   for (const RankSpace& space : spaces) {
+    const auto slice = part(space);
+    int64_t begin = 0;
+    for (size_t i = 0; i < space.members_.size(); ++i) {
+      const int64_t end = begin + space.members_[i].group->layers();
+      sorted[space.places_[i]] = slice(begin, end);
+      begin = end;
+    }
+  }
+  std::vector<Value> parts;
+  parts.reserve(sorted.size());
+  for (const auto& item : sorted) {
+    parts.push_back(item.second);
+  }
+  return parts;
+}
+
+Quartic RankSpace::predicted_kl(const std::vector<RankSpace>& spaces) {
+  return Quartic::sum(by_place<Quartic>(spaces, [](const RankSpace& space) {
     const at::Tensor& f = space.proposal_.length;
     const Quartic norm = space.proposal_.fisher_norm.where(space.proposal_.ok);
     const at::Tensor square = 0.5 * f.square();
     const Quartic kl = {norm.c2 * square, norm.c3 * square * f, norm.c4 * square * f.square()};
-    int64_t begin = 0;
-    for (size_t i = 0; i < space.members_.size(); ++i) {
-      const int64_t end = begin + space.members_[i].group->layers();
-      by_place[space.places_[i]] = kl.slice(begin, end);
-      begin = end;
-    }
-  }
-  std::vector<Quartic> parts;
-  parts.reserve(by_place.size());
-  for (const auto& item : by_place) {
-    parts.push_back(item.second);
-  }
-  return Quartic::sum(parts);
+    return [kl](int64_t begin, int64_t end) { return kl.slice(begin, end); };
+  }));
+}
+
+at::Tensor RankSpace::predicted_decrease(const std::vector<RankSpace>& spaces) {
+  const at::Device device = spaces.front().proposal_.length.device();
+  const auto parts = by_place<at::Tensor>(spaces, [&](const RankSpace& space) {
+    const at::Tensor decrease = space.decrease(space.proposal_.length).to(device);
+    return [decrease](int64_t begin, int64_t end) { return decrease.slice(0, begin, end); };
+  });
+  return at::cat(parts).sum(0, /*keepdim=*/true);
+}
+
+at::Tensor RankSpace::decrease(const at::Tensor& length) const {
+  const at::Tensor zero = at::zeros({}, length.options());
+  return at::where(proposal_.ok, proposal_.step.predicted_decrease * length, zero);
 }
 
 double RankSpace::schedule() const {
@@ -173,8 +197,7 @@ RankSpace::Change RankSpace::change(const at::Tensor& shrink) const {
   const at::Tensor zero = at::zeros({}, f.options());
   const at::Tensor relative = proposal_.output_norm(f).clamp_min(0).sqrt() * at::cat(rates) /
                               proposal_.radius.clamp_min(1e-300);
-  return {at::where(proposal_.ok, relative, zero),
-          at::where(proposal_.ok, proposal_.step.predicted_decrease * f, zero)};
+  return {at::where(proposal_.ok, relative, zero), decrease(f)};
 }
 
 }  // namespace ctrlora::detail

@@ -29,6 +29,8 @@ class RankSpace {
   /// Half the squared Fisher norm of all layers at those lengths, as one quartic in a common
   /// factor. Summed group by group, whatever space a group is in.
   static Quartic predicted_kl(const std::vector<RankSpace>& spaces);
+  /// First-order decrease of the loss at those lengths, (1), summed in the same order.
+  static at::Tensor predicted_decrease(const std::vector<RankSpace>& spaces);
   /// Largest lr / initial lr of the groups, at most 1.
   [[nodiscard]] double schedule() const;
   /// Moves the parameters by shrink (1) times the proposed length.
@@ -44,6 +46,9 @@ class RankSpace {
   [[nodiscard]] Change change(const at::Tensor& shrink) const;
 
  private:
+  template <typename Value, typename Part>
+  static std::vector<Value> by_place(const std::vector<RankSpace>& spaces, const Part& part);
+  [[nodiscard]] at::Tensor decrease(const at::Tensor& length) const;  // (L), 0 where not ok
   [[nodiscard]] bool takes(const LayerGroup& group, int64_t most) const;
   [[nodiscard]] int64_t layers() const;
   struct Measured {
