@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from pyctrlora import _C
 from pyctrlora.layers import LoRALinear
+from pyctrlora.traced import is_compiled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,29 +64,36 @@ class HeadObserver:
     def __init__(self, head: nn.Linear) -> None:
         """Registers the weight and installs the hook."""
         self.slot: _C.HeadSlot | None = _C.register_head(head.weight)
+        self.number = self.slot.handle  # for compiled code
         self.handle = head.register_forward_hook(self.see)
         setattr(head, _ATTRIBUTE, self)
 
-    @_disable_dynamo  # compiled models break their graph here
-    def see(self, _head: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        """After the head: squares of its outputs, which wait for the gradient."""
-        if self.slot is None or not self.slot.wanted or not torch.is_grad_enabled():
-            return
-        if isinstance(output, Tensor) and output.requires_grad:
-            capture = self.slot.capture(output)
-            if capture is not None:
-                output.register_hook(capture.complete)
+    def see(self, _head: nn.Module, _args: tuple[Any, ...], output: Any) -> Tensor | None:
+        """After the head: its outputs wait for their gradient; compiled code has an operator."""
+        if not torch.is_grad_enabled() or not isinstance(output, Tensor):
+            return None
+        if is_compiled():
+            watched: Tensor = torch.ops.ctrlora.watch_head(output, self.number)
+            return watched
+        capture = self._capture(output) if output.requires_grad else None
+        if capture is not None:
+            hook: Any = output.register_hook
+            hook(capture.complete)
+        return None
+
+    def _capture(self, output: Tensor) -> _C.HeadCapture | None:
+        return None if self.slot is None else self.slot.capture(output)
 
     def forget(self, head: nn.Linear) -> None:
         """Removes the hook."""
         self.handle.remove()
-        self.slot = None
+        self.slot, self.number = None, 0
         _C.unregister_head(head.weight)
         head.__dict__.pop(_ATTRIBUTE, None)
 
     def __getstate__(self) -> dict[str, Any]:
         """The hook only."""
-        return {"slot": None, "handle": self.handle}
+        return {"slot": None, "number": 0, "handle": self.handle}
 
 
 def watch_heads(model: nn.Module) -> list[tuple[HeadObserver, nn.Linear]]:

@@ -50,8 +50,8 @@ class CTROptimizer(Reports, torch.optim.Optimizer):
             may hold `lr` and `weight_decay` for its pairs and the `fallback_` keys for the rest.
         lr: the largest relative change of a layer's output in one step, >= 0, whatever
             rank and alpha: about ten times AdamW's best for the same adapters. 0.1 suits language
-            models; with a fresh head begin at 0.01. Use warm-up and decay as usual. At 0 nothing
-            happens.
+            models; where a fresh head is trained along, `head_radius` bounds what is too large. Use
+            warm-up and decay as usual. At 0 nothing happens.
         fallback_lr: AdamW's learning rate, its usual default.
         weight_decay: decoupled decay of A and B, shrinking them by lr * weight_decay a step.
         fallback_betas: AdamW's.

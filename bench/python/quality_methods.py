@@ -6,6 +6,7 @@ All adapt the same layers at rank r with alpha = 2 r, so that a learning rate me
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ class Method:
 
 
 HALF = (("rank_budget", 0.5),)
+NO_HEAD_BALL = (("head_radius", math.inf),)  # an ablation; text has no head to bound
 
 
 def ctr(about: str, **kwargs: Any) -> Method:
@@ -61,6 +63,7 @@ def ctr(about: str, **kwargs: Any) -> Method:
 METHODS = {
     "lora": Method("LoRA, AdamW"),
     "ctr": ctr("tangent step alone"),
+    "ctr_no_head_ball": ctr("tangent step alone, without the head ball", options=NO_HEAD_BALL),
     "ctr_fused": ctr("tangent step alone, layers by fuse", fused=True),
     "ctr_cg": ctr("with cg_init", adapter="cg"),
     "ctr_half": ctr("half of the parameters, ranks by rank_budget", options=HALF),

@@ -152,6 +152,7 @@ struct Entry {
 struct Registry {
   std::mutex mutex;
   std::unordered_map<const c10::TensorImpl*, Entry> heads;
+  int64_t last = 0;  // handle
 
   // Never destroyed: slots of static objects may outlive any order of destruction.
   static Registry& instance() {
@@ -162,6 +163,17 @@ struct Registry {
 
 }  // namespace
 
+std::shared_ptr<HeadSlot> HeadSlot::find(int64_t handle) {
+  Registry& registry = Registry::instance();
+  const std::lock_guard<std::mutex> lock(registry.mutex);
+  for (const auto& item : registry.heads) {  // a model has one or two
+    if (item.second.slot->handle_ == handle && !item.second.weight.expired()) {
+      return item.second.slot;
+    }
+  }
+  return nullptr;
+}
+
 std::shared_ptr<HeadSlot> register_head(const at::Tensor& weight) {
   Registry& registry = Registry::instance();
   const std::lock_guard<std::mutex> lock(registry.mutex);
@@ -170,6 +182,7 @@ std::shared_ptr<HeadSlot> register_head(const at::Tensor& weight) {
       weight.unsafeGetTensorImpl(), Entry{WeakImpl(weight.getIntrusivePtr()), nullptr});
   if (added) {
     found->second.slot = std::make_shared<HeadSlot>();
+    found->second.slot->handle_ = ++registry.last;
   }
   return found->second.slot;
 }

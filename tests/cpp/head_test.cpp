@@ -57,6 +57,8 @@ TEST_CASE("a weight has one slot, as long as it lives and is registered") {
   const Head head;
   CHECK(ctrlora::register_head(head.weight) == head.slot);
   CHECK(ctrlora::find_head(head.weight) == head.slot);
+  CHECK(HeadSlot::find(head.slot->handle()) == head.slot);
+  CHECK(HeadSlot::find(0) == nullptr);
   CHECK(ctrlora::find_head(randn({3, 5})) == nullptr);
   CHECK_FALSE(head.slot->wanted());
   CHECK(head.slot->capture(randn({4, 3})) == nullptr);

@@ -84,7 +84,14 @@ class CTRLORA_API HeadSlot {
   /// no row.
   std::shared_ptr<HeadCapture> capture(const at::Tensor& outputs);
 
+  /// A number of its own, from 1 on, by which graphs of compilers name it.
+  [[nodiscard]] int64_t handle() const { return handle_; }
+  /// The registered slot of that number, or null. Thread-safe.
+  static std::shared_ptr<HeadSlot> find(int64_t handle);
+
  private:
+  friend std::shared_ptr<HeadSlot> register_head(const at::Tensor& weight);
+  int64_t handle_ = 0;
   std::atomic<bool> wanted_{false};
   std::mutex mutex_;
   std::weak_ptr<HeadMeter> meter_;

@@ -103,11 +103,11 @@ struct CTRLORA_API Options {
   /// a good learning rate the ball hardly matters [M]; it bounds a too large one.
   double kl_radius = 0.005;
 
-  /// Largest relative change, to first order, of the outputs of a head that is trained along
-  /// (head.h), in one step at the initial learning rate, > 0; inf switches it off. A fresh head
-  /// knows nothing, and no other ball feels what the layers then do to each other's inputs: without
-  /// it SST-2 trains at learning rates from 0.0025 to 0.01 only, with it to 0.1 and above, at equal
-  /// losses from 0.2 to 0.5. Trained heads never feel it [M].
+  /// Largest change, to first order, of the outputs of a head that is trained along (head.h) in one
+  /// step at the initial learning rate, as a share of their spread, > 0; inf switches it off. A
+  /// fresh head knows nothing, and no other ball feels what the layers then do together: SST-2
+  /// trains at learning rates from 0.0025 to 0.01 without it, to 0.1 with it. 0.5 is no better
+  /// there, and 1 does not hold CoLA. A head that is trained already never feels it [M].
   double head_radius = 0.3;
 
   /// EMA weight of the raw direction's squared length, measured every third step, in [0, 1). 0.7
