@@ -184,7 +184,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    usual = [name for name, method in METHODS.items() if not method.ablation]
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=usual)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--workers", type=int, default=2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -38,6 +38,7 @@ class Method:
         fused: PEFT's layers run as `pyctrlora.fuse` has them.
         lrs: where the sweep begins; None: the task's for AdamW, times `lr_scale`.
         lr_scale: how large a learning rate is beside AdamW's.
+        ablation: run only where it is named.
         about: what it is.
     """
 
@@ -50,10 +51,10 @@ class Method:
     fused: bool = False
     lrs: tuple[float, ...] | None = None
     lr_scale: float = 1.0
+    ablation: bool = False
 
 
 HALF = (("rank_budget", 0.5),)
-NO_HEAD_BALL = (("head_radius", math.inf),)  # an ablation; text has no head to bound
 
 
 def ctr(about: str, **kwargs: Any) -> Method:
@@ -63,7 +64,6 @@ def ctr(about: str, **kwargs: Any) -> Method:
 METHODS = {
     "lora": Method("LoRA, AdamW"),
     "ctr": ctr("tangent step alone"),
-    "ctr_no_head_ball": ctr("tangent step alone, without the head ball", options=NO_HEAD_BALL),
     "ctr_fused": ctr("tangent step alone, layers by fuse", fused=True),
     "ctr_cg": ctr("with cg_init", adapter="cg"),
     "ctr_half": ctr("half of the parameters, ranks by rank_budget", options=HALF),
@@ -81,6 +81,17 @@ METHODS = {
     "riemannian": Method("PEFT's Riemannian preconditioned AdamW", optimizer="riemannian"),
     "rite": Method("LoRA-RITE", optimizer="rite"),
     "full": Method("full fine-tuning", adapter="full", lrs=(1e-4, 2e-4, 4e-4, 8e-4)),
+}
+
+METHODS |= {  # on tasks with a fresh head
+    f"{name}_no_head_ball": replace(
+        own,
+        about=f"{own.about}; without the head ball",
+        options=(*own.options, ("head_radius", math.inf)),
+        ablation=True,
+    )
+    for name, own in METHODS.items()
+    if own.optimizer == "ctr"
 }
 
 
