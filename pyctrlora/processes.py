@@ -38,16 +38,19 @@ def join(engine: _C.Engine, group: Any) -> None:
 
 
 def check_agreement(
-    pairs: list[tuple[int, _C.LoraPair]], config: dict[str, Any], group: Any
+    pairs: list[tuple[int, _C.LoraPair]],
+    heads: list[list[int]],
+    config: dict[str, Any],
+    group: Any,
 ) -> None:
-    """Compares layers, options, parameters and gradients of all processes, once.
+    """Compares layers, heads, options, parameters and gradients of all processes, once.
 
     Raises:
         ValueError: in every process, naming each one that differs from the first and in what.
     """
     # A function's printed address differs between processes that mean the same.
     options = [(k, "a function" if callable(v) else v) for k, v in sorted(config.items())]
-    own = {"options": repr(options)}
+    own = {"options": repr(options), "observed heads": repr(heads)}
     for index, pair in pairs:
         key = f"layer '{pair.name}'"
         shape = [*pair.b.shape, *pair.a.shape, str(pair.a.dtype), float(pair.scaling)]

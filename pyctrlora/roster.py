@@ -73,7 +73,9 @@ class Roster:
             return
         self._join()
         if self._joined is not None:
-            processes.check_agreement(self.all_pairs(), dict(self.config), self._joined)
+            others = [t for _, tensors in self.adamw for t in tensors]
+            heads = [list(t.shape) for t in others if _C.find_head(t) is not None]
+            processes.check_agreement(self.all_pairs(), heads, dict(self.config), self._joined)
         self._agreed = count
 
     def _check_members(self) -> None:

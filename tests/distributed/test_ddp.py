@@ -110,6 +110,7 @@ def test_sketches_agree_and_train_as_well_as_one_process(tmp_path, scenario, cou
     [
         ("another rank", "process 1, layer 'first': .* [8, 4, 4, 6,"),
         ("another option", "process 1, options: [('damping', 0.1)]; process 0: []"),
+        ("another head", "process 1, observed heads: [[5, 8]]; process 0: []"),
         ("no ddp", "process 1, layer 'first': gradients: sums ["),
     ],
 )

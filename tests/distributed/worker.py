@@ -183,6 +183,8 @@ def disagree(scenario: str, rank: int) -> None:
     """Steps with something that differs between the processes."""
     net = Net(rank=4 if scenario == "another rank" and rank == 1 else 3)
     options = {"damping": 0.1} if scenario == "another option" and rank == 1 else {}
+    if scenario == "another head" and rank == 1:
+        pyctrlora.attach(net)
     opt = pyctrlora.CTROptimizer(net.named_parameters(), **options)
     x, y = batch(0 if scenario != "no ddp" else rank)
     loss_of(net, x, y).backward()
@@ -231,7 +233,7 @@ def main() -> None:
         "gloo", init_method=file, rank=rank, world_size=count, timeout=timedelta(seconds=60)
     )
     try:
-        if scenario in ("another rank", "another option", "no ddp"):
+        if scenario in ("another rank", "another option", "another head", "no ddp"):
             disagree(scenario, rank)
         elif scenario == "lost":
             lost(folder, rank, steps)
