@@ -42,7 +42,7 @@ void bind_pairs(py::module_& m) {
   py::class_<HeadSlot, std::shared_ptr<HeadSlot>>(m, "HeadSlot", "A head's channel to the engine.")
       .def_property_readonly("wanted", &HeadSlot::wanted)
       .def_property_readonly("handle", &HeadSlot::handle)
-      .def("capture", &HeadSlot::capture, py::arg("outputs"), ReleaseGil());
+      .def("capture", &HeadSlot::capture, py::arg("inputs"), py::arg("outputs"), ReleaseGil());
   m.def("register_head", wrapped(&register_head), py::arg("weight"));
   m.def("find_head", wrapped(&find_head), py::arg("weight"));
   m.def("unregister_head", wrapped(&unregister_head), py::arg("weight"));

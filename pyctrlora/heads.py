@@ -68,21 +68,21 @@ class HeadObserver:
         self.handle = head.register_forward_hook(self.see)
         setattr(head, _ATTRIBUTE, self)
 
-    def see(self, _head: nn.Module, _args: tuple[Any, ...], output: Any) -> Tensor | None:
+    def see(self, _head: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         """After the head: its outputs wait for their gradient; compiled code has an operator."""
-        if not torch.is_grad_enabled() or not isinstance(output, Tensor):
+        if not (args and torch.is_grad_enabled() and isinstance(output, Tensor)):
             return None
         if is_compiled():
-            watched: Tensor = torch.ops.ctrlora.watch_head(output, self.number)
+            watched: Tensor = torch.ops.ctrlora.watch_head(output, args[0], self.number)
             return watched
-        capture = self._capture(output) if output.requires_grad else None
+        capture = self._capture(args[0], output) if output.requires_grad else None
         if capture is not None:
             hook: Any = output.register_hook
             hook(capture.complete)
         return None
 
-    def _capture(self, output: Tensor) -> _C.HeadCapture | None:
-        return None if self.slot is None else self.slot.capture(output)
+    def _capture(self, x: Tensor, output: Tensor) -> _C.HeadCapture | None:
+        return None if self.slot is None else self.slot.capture(x, output)
 
     def forget(self, head: nn.Linear) -> None:
         """Removes the hook."""

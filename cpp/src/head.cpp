@@ -2,8 +2,10 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
@@ -27,7 +29,8 @@ HeadMeter::HeadMeter()
 int64_t HeadMeter::add_head(const at::Tensor& weight) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto options = at::TensorOptions().dtype(at::kDouble).device(weight.device());
-  pending_.push_back(at::zeros({3 + weight.size(0)}, options));
+  pending_.push_back(at::zeros({3 + 2 * weight.size(0)}, options));
+  heads_.push_back(weight);
   return static_cast<int64_t>(pending_.size()) - 1;
 }
 
@@ -48,10 +51,33 @@ void HeadMeter::drop() {
 
 namespace {
 
+// Any fixed vector (n) that no layer norm makes orthogonal to its outputs.
+at::Tensor probe(int64_t size, const at::TensorOptions& options) {
+  return at::arange(1, size + 1, options).cos_();
+}
+
+at::Tensor for_products(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? x : x.to(at::kFloat);
+}
+
+// What the step's gradients are of those that backward made, squared: (weight.grad probe) over the
+// same from the rows. 1 where nothing is known.
+at::Tensor clipped_square(const at::Tensor& weight, const at::Tensor& from_rows) {
+  const at::Tensor one = at::ones({}, from_rows.options());
+  if (!weight.grad().defined()) {
+    return one;
+  }
+  const at::Tensor grad = for_products(weight.grad().detach());
+  const at::Tensor found = grad.mv(probe(grad.size(1), grad.options())).to(at::kDouble);
+  const at::Tensor square = found.square().sum() / from_rows.square().sum();
+  return at::where(square.isfinite(), square, one);
+}
+
 // (2): sum of |z - mean|^2, without the bias of a mean from the same rows, and sum of |dloss/dz|^2.
 at::Tensor about_mean(const at::Tensor& sums) {
+  const int64_t size = (sums.size(0) - 3) / 2;
   const at::Tensor count = sums[0];
-  const at::Tensor about = sums[1] - sums.slice(0, 3).square().sum() / count.clamp_min(1);
+  const at::Tensor about = sums[1] - sums.slice(0, 3, 3 + size).square().sum() / count.clamp_min(1);
   const at::Tensor both = at::stack({about.clamp_min(0) * count / (count - 1), sums[2]});
   return at::where(count > 1, both, at::zeros({}, both.options()));
 }
@@ -70,13 +96,16 @@ void HeadMeter::commit(double beta, double loss_scale, const Processes* processe
   }
   const at::Device device = pending_.front().device();
   at::Tensor sample = at::zeros({2}, pending_.front().options());
-  for (at::Tensor& own : pending_) {
-    sample = sample + about_mean(own).to(device);
-    own = at::zeros_like(own);
+  for (size_t i = 0; i < pending_.size(); ++i) {
+    const at::Tensor& own = pending_[i];
+    const at::Tensor both = about_mean(own);
+    const at::Tensor from_rows = own.slice(0, 3 + heads_[i].size(0)) / unit;
+    const at::Tensor grads = both[1] / (unit * unit) * clipped_square(heads_[i], from_rows);
+    sample = sample + at::stack({both[0], grads}).to(device);
+    pending_[i] = at::zeros_like(own);
   }
   squares_ = squares_.to(device);  // the model may have been moved
   weight_ = weight_.to(device);
-  sample = at::stack({sample[0], sample[1] / (unit * unit)});
   const at::Tensor mean = squares_ / weight_.clamp_min(1e-300);
   const at::Tensor usable = sample.isfinite().all().logical_and(sample[1] > 0).expand({2});
   detail::ema(squares_, weight_, detail::bounded_sample(sample, mean, weight_ > 0), usable, beta);
@@ -102,42 +131,54 @@ void HeadSlot::connect(const std::weak_ptr<HeadMeter>& meter, int64_t head) {
   set_wanted(!meter.expired());
 }
 
-std::shared_ptr<HeadCapture> HeadSlot::capture(const at::Tensor& outputs) {
+std::shared_ptr<HeadCapture> HeadSlot::capture(const at::Tensor& inputs,
+                                               const at::Tensor& outputs) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (!wanted() || meter_.expired() || outputs.dim() < 1 || outputs.numel() == 0) {
+  if (!wanted() || meter_.expired() || outputs.dim() < 1 || outputs.numel() == 0 ||
+      inputs.dim() != outputs.dim() || inputs.numel() == 0) {
     return nullptr;
   }
-  return std::make_shared<HeadCapture>(meter_, head_, outputs);
+  return std::make_shared<HeadCapture>(meter_, head_, inputs, outputs);
 }
 
-HeadCapture::HeadCapture(std::weak_ptr<HeadMeter> meter, int64_t head, const at::Tensor& outputs)
+HeadCapture::HeadCapture(std::weak_ptr<HeadMeter> meter,
+                         int64_t head,
+                         const at::Tensor& inputs,
+                         const at::Tensor& outputs)
     : meter_(std::move(meter)),
       head_(head),
       outputs_(outputs.detach()),
-      version_(outputs._version()) {}
+      version_(outputs._version()) {
+  const detail::NumericsGuard guard;
+  const at::Tensor x = for_products(inputs.detach().reshape({-1, inputs.size(-1)}));
+  projected_ = x.mv(probe(x.size(1), x.options())).to(at::kDouble);
+}
 
 void HeadCapture::complete(const at::Tensor& output_grad) {
   const at::Tensor outputs = std::move(outputs_);
   outputs_ = at::Tensor();
   const std::shared_ptr<HeadMeter> meter = meter_.lock();
   if (!outputs.defined() || meter == nullptr || !output_grad.defined() ||
-      output_grad.sizes() != outputs.sizes() || outputs._version() != version_) {
+      output_grad.sizes() != outputs.sizes() || outputs._version() != version_ ||
+      projected_.size(0) * outputs.size(-1) != outputs.numel()) {
     return;
   }
   const detail::NumericsGuard guard;
   const at::Tensor z = outputs.reshape({-1, outputs.size(-1)});
-  const at::Tensor squares = detail::row_squares(z);
-  const at::Tensor grads =
-      detail::row_squares(output_grad.detach().reshape({-1, output_grad.size(-1)}));
+  const at::Tensor g = output_grad.detach().reshape({-1, output_grad.size(-1)});
+  const at::Tensor squares = detail::row_squares(z), grads = detail::row_squares(g);
   const at::Tensor usable =
       (grads > 0).logical_and(grads.isfinite()).logical_and(squares.isfinite());
   const auto masked = [](const at::Tensor& mask, const at::Tensor& x) {
     return at::where(mask, x, at::zeros({}, x.options()));
   };
+  const at::Tensor own_z = masked(usable.unsqueeze(1), z);
+  const at::Tensor own_g = for_products(masked(usable.unsqueeze(1), g));
+  const at::Tensor times_probe = own_g.t().mv(projected_.to(own_g.scalar_type()));
   const at::Tensor scalars = at::stack({at::ones_like(squares), squares, grads});
   meter->add(head_,
-             at::cat({masked(usable, scalars).sum(-1),
-                      masked(usable.unsqueeze(1), z).sum(0, /*keepdim=*/false, at::kDouble)}));
+             at::cat({masked(usable, scalars).sum(-1), own_z.sum(0, /*keepdim=*/false, at::kDouble),
+                      times_probe.to(at::kDouble)}));
 }
 
 namespace {
@@ -201,11 +242,13 @@ void unregister_head(const at::Tensor& weight) {
   registry.heads.erase(weight.unsafeGetTensorImpl());
 }
 
-at::Tensor watch_head(const at::Tensor& weight, const at::Tensor& outputs) {
+at::Tensor watch_head(const at::Tensor& weight,
+                      const at::Tensor& inputs,
+                      const at::Tensor& outputs) {
   const std::shared_ptr<HeadSlot> slot =
       at::GradMode::is_enabled() && outputs.requires_grad() ? find_head(weight) : nullptr;
   if (slot != nullptr) {
-    if (const std::shared_ptr<HeadCapture> capture = slot->capture(outputs)) {
+    if (const std::shared_ptr<HeadCapture> capture = slot->capture(inputs, outputs)) {
       outputs.register_hook([capture](const at::Tensor& grad) { capture->complete(grad); });
     }
   }

@@ -20,13 +20,18 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // An operator's result must be memory of its own.
-at::Tensor forward_kernel(const at::Tensor& outputs, int64_t /*slot*/) {
+at::Tensor forward_kernel(const at::Tensor& outputs,
+                          const at::Tensor& /*inputs*/,
+                          int64_t /*slot*/) {
   return outputs.clone();
 }
 
-at::Tensor backward_kernel(const at::Tensor& grad, const at::Tensor& outputs, int64_t slot) {
+at::Tensor backward_kernel(const at::Tensor& grad,
+                           const at::Tensor& outputs,
+                           const at::Tensor& inputs,
+                           int64_t slot) {
   if (const std::shared_ptr<HeadSlot> head = HeadSlot::find(slot)) {
-    if (const std::shared_ptr<HeadCapture> capture = head->capture(outputs)) {
+    if (const std::shared_ptr<HeadCapture> capture = head->capture(inputs, outputs)) {
       capture->complete(grad);
     }
   }
@@ -34,58 +39,68 @@ at::Tensor backward_kernel(const at::Tensor& grad, const at::Tensor& outputs, in
 }
 
 at::Tensor forward_meta(const at::Tensor& outputs,
+                        const at::Tensor& /*inputs*/,
                         c10::SymInt /*slot*/) {  // NOLINT(performance-unnecessary-value-param)
   return at::empty_like(outputs);
 }
 
 at::Tensor backward_meta(const at::Tensor& grad,
                          const at::Tensor& /*outputs*/,
+                         const at::Tensor& /*inputs*/,
                          c10::SymInt /*slot*/) {  // NOLINT(performance-unnecessary-value-param)
   return at::empty_like(grad);
 }
 
 // ---- Calls through the dispatcher, which a tracer records ----
 
-at::Tensor call_forward(const at::Tensor& outputs, c10::SymInt slot) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("ctrlora::watch_head", "")
-                             .typed<at::Tensor(const at::Tensor&, c10::SymInt)>();
-  return op.call(outputs, std::move(slot));
-}
-
-at::Tensor call_backward(const at::Tensor& grad, const at::Tensor& outputs, c10::SymInt slot) {
+at::Tensor call_forward(const at::Tensor& outputs, const at::Tensor& inputs, c10::SymInt slot) {
   static const auto op =
       c10::Dispatcher::singleton()
-          .findSchemaOrThrow("ctrlora::watch_head_backward", "")
+          .findSchemaOrThrow("ctrlora::watch_head", "")
           .typed<at::Tensor(const at::Tensor&, const at::Tensor&, c10::SymInt)>();
-  return op.call(grad, outputs, std::move(slot));
+  return op.call(outputs, inputs, std::move(slot));
+}
+
+at::Tensor call_backward(const at::Tensor& grad,
+                         const at::Tensor& outputs,
+                         const at::Tensor& inputs,
+                         c10::SymInt slot) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ctrlora::watch_head_backward", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&,
+                                               const at::Tensor&, c10::SymInt)>();
+  return op.call(grad, outputs, inputs, std::move(slot));
 }
 
 struct WatchHeadFunction : torch::autograd::Function<WatchHeadFunction> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& outputs, c10::SymInt slot) {
+  static at::Tensor forward(AutogradContext* ctx,
+                            const at::Tensor& outputs,
+                            const at::Tensor& inputs,
+                            c10::SymInt slot) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({outputs});
+    ctx->save_for_backward({outputs, inputs});
     ctx->saved_data["slot"] = slot;
-    return call_forward(outputs, std::move(slot));
+    return call_forward(outputs, inputs, std::move(slot));
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (at::GradMode::is_enabled()) {  // this backward is differentiated: nothing is observed
-      return {grads[0], at::Tensor()};
+      return {grads[0], at::Tensor(), at::Tensor()};
     }
-    return {
-        call_backward(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["slot"].toSymInt()),
-        at::Tensor()};
+    const variable_list saved = ctx->get_saved_variables();
+    return {call_backward(grads[0], saved[0], saved[1], ctx->saved_data["slot"].toSymInt()),
+            at::Tensor(), at::Tensor()};
   }
 };
 
-at::Tensor forward_autograd(const at::Tensor& outputs, c10::SymInt slot) {
-  return WatchHeadFunction::apply(outputs, std::move(slot));
+at::Tensor forward_autograd(const at::Tensor& outputs, const at::Tensor& inputs, c10::SymInt slot) {
+  return WatchHeadFunction::apply(outputs, inputs.detach(), std::move(slot));
 }
 
 TORCH_LIBRARY_FRAGMENT(ctrlora, m) {
-  m.def("watch_head(Tensor outputs, SymInt slot) -> Tensor", {at::Tag::pt2_compliant_tag});
-  m.def("watch_head_backward(Tensor grad, Tensor outputs, SymInt slot) -> Tensor",
+  m.def("watch_head(Tensor outputs, Tensor inputs, SymInt slot) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
+  m.def("watch_head_backward(Tensor grad, Tensor outputs, Tensor inputs, SymInt slot) -> Tensor",
         {at::Tag::pt2_compliant_tag});
 }
 

@@ -10,6 +10,7 @@
 namespace {
 
 using ctrlora::GroupSettings;
+using ctrlora::HeadCapture;
 using ctrlora::HeadMeter;
 using ctrlora::HeadSlot;
 using ctrlora::Options;
@@ -25,8 +26,16 @@ struct Head {
   at::Tensor weight = randn({3, 5}).requires_grad_();
   std::shared_ptr<HeadSlot> slot = ctrlora::register_head(weight);
 
+  static at::Tensor inputs_for(const at::Tensor& outputs) {
+    at::DimVector shape(outputs.sizes().begin(), outputs.sizes().end());
+    shape.back() = 5;
+    return at::ones(shape, outputs.options());
+  }
+  std::shared_ptr<HeadCapture> capture(const at::Tensor& outputs) const {
+    return slot->capture(inputs_for(outputs), outputs);
+  }
   void backward(const at::Tensor& outputs, const at::Tensor& grads) const {
-    slot->capture(outputs)->complete(grads);
+    capture(outputs)->complete(grads);
   }
   std::shared_ptr<HeadMeter> listen() const {
     auto meter = std::make_shared<HeadMeter>();
@@ -61,7 +70,7 @@ TEST_CASE("a weight has one slot, as long as it lives and is registered") {
   CHECK(HeadSlot::find(0) == nullptr);
   CHECK(ctrlora::find_head(randn({3, 5})) == nullptr);
   CHECK_FALSE(head.slot->wanted());
-  CHECK(head.slot->capture(randn({4, 3})) == nullptr);
+  CHECK(head.capture(randn({4, 3})) == nullptr);
   ctrlora::unregister_head(head.weight);
   CHECK(ctrlora::find_head(head.weight) == nullptr);
   CHECK(ctrlora::register_head(head.weight) != head.slot);
@@ -93,6 +102,24 @@ TEST_CASE("the sensitivity is that of usable rows; micro-batches add up to the b
         doctest::Approx(expected(z.flatten(0, 1), g.flatten(0, 1))).epsilon(1e-10));
 }
 
+TEST_CASE("gradients count as they are found: clipped, unscaled, averaged") {
+  at::manual_seed(8);
+  const Head head;
+  const at::Tensor x = randn({6, 5}), z = randn({6, 3}), g = randn({6, 3});
+  for (const double kept : {1.0, 0.01, 3.0}) {
+    const auto meter = head.listen();
+    head.slot->capture(x, z)->complete(g);
+    head.weight.mutable_grad() = kept * g.t().matmul(x);
+    meter->commit(0.6, 4.0, nullptr);  // the loss' scale, too, is in .grad or it is not
+    CHECK(sensitivity(*meter) == doctest::Approx(kept * expected(z, g)).epsilon(1e-10));
+  }
+  const auto meter = head.listen();
+  head.slot->capture(x, z)->complete(g);
+  head.weight.mutable_grad() = at::full({3, 5}, kNan, at::kDouble);
+  meter->commit(0.6, 1.0, nullptr);
+  CHECK(sensitivity(*meter) == doctest::Approx(expected(z, g)).epsilon(1e-10));
+}
+
 TEST_CASE("heads side by side count as one") {
   at::manual_seed(6);
   const Head one, two;
@@ -110,7 +137,7 @@ TEST_CASE("both sums are bias-corrected averages, which spikes and empty rows le
   meter.add_head(at::zeros({1, 1}));
   // Four rows with that sum of squares about their mean, corrected, and that of the gradients.
   const auto enter = [&](double outputs, double grads) {
-    meter.add(0, numbers({4.0, outputs * 0.75 + 25.0, grads, 10.0}));
+    meter.add(0, numbers({4.0, outputs * 0.75 + 25.0, grads, 10.0, 0.0}));
     meter.commit(0.5, 1.0, nullptr);
   };
   enter(4.0, 9.0);
@@ -121,9 +148,9 @@ TEST_CASE("both sums are bias-corrected averages, which spikes and empty rows le
   enter(1.0, kNan);
   enter(kInf, 1.0);
   enter(1.0, 0.0);
-  meter.add(0, numbers({1.0, 5.0, 5.0, 1.0}));  // a single row: no spread
+  meter.add(0, numbers({1.0, 5.0, 5.0, 1.0, 0.0}));  // a single row: no spread
   meter.commit(0.5, 1.0, nullptr);
-  meter.add(0, numbers({4.0, 1e30, 1e30, 1.0}));
+  meter.add(0, numbers({4.0, 1e30, 1e30, 1.0, 0.0}));
   meter.drop();
   meter.commit(0.5, 1.0, nullptr);  // nothing came
   CHECK(sensitivity(meter) == before);
@@ -137,9 +164,9 @@ TEST_CASE("what does not belong to the forward is ignored, and so is who came to
   const Head head;
   auto meter = head.listen();
   const at::Tensor z = randn({4, 3}), g = randn({4, 3});
-  const auto capture = head.slot->capture(z), other = head.slot->capture(z);
+  const auto capture = head.capture(z), other = head.capture(z);
   const at::Tensor written = z.clone();
-  const auto overwritten = head.slot->capture(written);
+  const auto overwritten = head.capture(written);
   written.mul_(2.0);
   overwritten->complete(g);
   other->complete(randn({5, 3}));
@@ -147,11 +174,11 @@ TEST_CASE("what does not belong to the forward is ignored, and so is who came to
   capture->complete(g);
   meter->commit(0.6, 1.0, nullptr);
   CHECK(sensitivity(*meter) == doctest::Approx(expected(z, g)).epsilon(1e-12));
-  const auto late = head.slot->capture(z);
-  CHECK(head.slot->capture(randn({0, 3})) == nullptr);
+  const auto late = head.capture(z);
+  CHECK(head.capture(randn({0, 3})) == nullptr);
   meter.reset();
   late->complete(g);
-  CHECK(head.slot->capture(z) == nullptr);
+  CHECK(head.capture(z) == nullptr);
 }
 
 TEST_CASE("watch_head observes a forward in a C++ program and returns its outputs") {
@@ -159,7 +186,8 @@ TEST_CASE("watch_head observes a forward in a C++ program and returns its output
   const Head head;
   const at::Tensor x = randn({4, 5});
   const auto run = [&] {
-    const at::Tensor z = ctrlora::watch_head(head.weight, at::linear(x, head.weight));
+    const at::Tensor z = ctrlora::watch_head(head.weight, x, at::linear(x, head.weight));
+    head.weight.mutable_grad().reset();
     z.square().sum().backward();
     return z.detach();
   };
@@ -177,7 +205,7 @@ TEST_CASE("two processes with half of the rows each find what one with all of th
   const auto sums_of = [](const at::Tensor& outputs, const at::Tensor& grads) {
     return at::cat({numbers({static_cast<double>(outputs.size(0))}),
                     outputs.square().sum().view({1}), grads.square().sum().view({1}),
-                    outputs.sum(0)});
+                    outputs.sum(0), at::zeros({3}, at::kDouble)});
   };
   ctrlora::Processes pair;
   pair.count = 2;

@@ -41,7 +41,8 @@ struct ModelImpl : torch::nn::Module {
   }
   at::Tensor forward(const at::Tensor& bytes) {
     const at::Tensor x = table(bytes).flatten(1);
-    return ctrlora::watch_head(head->weight, head(torch::tanh(deep(torch::tanh(hidden(x))))));
+    const at::Tensor read = torch::tanh(deep(torch::tanh(hidden(x))));
+    return ctrlora::watch_head(head->weight, read, head(read));
   }
 };
 TORCH_MODULE(Model);

@@ -161,6 +161,23 @@ def test_gradients_that_are_thrown_away_take_their_heads_outputs_along():
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-10)
 
 
+def test_clipped_gradients_take_the_same_steps():
+    ends = []
+    for kept in (1.0, 1e-3):
+        torch.manual_seed(7)
+        model = classifier().double()
+        opt = CTROptimizer.from_model(model, lr=1.0, head_radius=0.05, fallback_eps=0.0)
+        for seed in range(5):
+            model(**batch(seed)).loss.backward()
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad *= kept
+            opt.step(), opt.zero_grad()
+        assert opt.metrics()["head_change"] > 0.05
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-8)
+
+
 def test_a_resumed_run_goes_on_bit_for_bit():
     torch.manual_seed(4)
     model = classifier()

@@ -198,7 +198,7 @@ class Reference:
 
     def __init__(self, layers: list[Layer], settings: Settings) -> None:
         self.layers, self.settings, self.kl, self.kl_phi, self.phi = layers, settings, 0.0, 1.0, 1.0
-        self.heads = HeadBall(settings.head_radius, settings.factor_beta, settings.loss_scale)
+        self.heads = HeadBall(settings.head_radius, settings.factor_beta)
 
     def wanted(self, layer: Layer, least: int = 1) -> bool:
         """§2 Schedule: all at first, then a contiguous part of the layers of one shape a step."""

@@ -15,16 +15,15 @@ class HeadBall:
 
     radius: float
     beta: float
-    loss_scale: float
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     outputs: Debiased = field(default_factory=Debiased)
     output_grads: Debiased = field(default_factory=Debiased)
 
     def observe(self, z: Tensor, g: Tensor) -> None:
-        """One backward of a head: outputs z and their gradient g (..., m)."""
+        """One backward of a head: outputs z and their gradient g (..., m), as .grad has it."""
         z, g = (t.detach().double().flatten(0, -2) for t in (z, g))
         keep = (g != 0).any(1) & g.isfinite().all(1) & z.isfinite().all(1)
-        self.rows.append((z[keep], g[keep] / self.loss_scale))
+        self.rows.append((z[keep], g[keep]))
 
     def shrink(self, decrease: float, schedule: float) -> float:
         """φ ≤ 1 for a step that is to lower the loss by `decrease`, to first order."""

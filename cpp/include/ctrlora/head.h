@@ -32,14 +32,15 @@ class CTRLORA_API HeadMeter {
 
   /// One more head with this weight (m, n); its number. Heads side by side count as one.
   int64_t add_head(const at::Tensor& weight);
-  /// @param sums (3 + m) float64 over the rows of one backward of a head: their number,
-  /// sum of |z|^2, of |dloss/dz|^2, and of z.
+  /// @param sums (3 + 2 m) float64 over the rows of one backward of a head: their number,
+  /// sum of |z|^2, of |dloss/dz|^2, of z, and of dloss/dz <x, probe>, x the head's input.
   void add(int64_t head, const at::Tensor& sums);
   /// Forgets what came since the last commit.
   void drop();
   /// Enters it into the averages, bias-corrected EMAs of sum |z - mean|^2 and of sum |dloss/dz|^2
   /// over all heads; one with more than 25 times its mean (a spike, section 6) counts as 25 times.
-  /// A head with less than two rows has no say.
+  /// A head with less than two rows has no say. dloss/dz counts as .grad does: what the weight's
+  /// gradient times the probe is less than those sums, clipping has taken off all gradients.
   /// @param loss_scale factor on the loss in backward. @param processes add up first; may be null.
   void commit(double beta, double loss_scale, const Processes* processes);
   /// |dloss/dz| |z - mean| in nats: what a change of the outputs by their own spread is worth at
@@ -51,6 +52,7 @@ class CTRLORA_API HeadMeter {
 
  private:
   std::mutex mutex_;
+  std::vector<at::Tensor> heads_;    // their weights
   std::vector<at::Tensor> pending_;  // by head, since the last commit; zeros: nothing
   at::Tensor squares_;               // (2) float64, biased
   at::Tensor weight_;                // (2) float64, sums of coefficients
@@ -60,14 +62,18 @@ class CTRLORA_API HeadMeter {
 /// overwritten meanwhile it says nothing.
 class CTRLORA_API HeadCapture {
  public:
-  HeadCapture(std::weak_ptr<HeadMeter> meter, int64_t head, const at::Tensor& outputs);
+  HeadCapture(std::weak_ptr<HeadMeter> meter,
+              int64_t head,
+              const at::Tensor& inputs,
+              const at::Tensor& outputs);
   /// `output_grad` (..., m) is the gradient of the head's output. A second call is ignored.
   void complete(const at::Tensor& output_grad);
 
  private:
   std::weak_ptr<HeadMeter> meter_;
   int64_t head_;
-  at::Tensor outputs_;  // undefined: done
+  at::Tensor outputs_;    // undefined: done
+  at::Tensor projected_;  // (rows) <x, probe>
   int64_t version_;
 };
 
@@ -80,9 +86,9 @@ class CTRLORA_API HeadSlot {
   void set_wanted(bool wanted) { wanted_.store(wanted, std::memory_order_relaxed); }
   /// Plugs in the receiver; `head` is its own number for this slot.
   void connect(const std::weak_ptr<HeadMeter>& meter, int64_t head);
-  /// `outputs` (..., m), to be completed by their gradient. Null when nothing listens or there is
-  /// no row.
-  std::shared_ptr<HeadCapture> capture(const at::Tensor& outputs);
+  /// `inputs` (..., n) and `outputs` (..., m) of the head, to be completed by the gradient of the
+  /// latter. Null when nothing listens or there is no row.
+  std::shared_ptr<HeadCapture> capture(const at::Tensor& inputs, const at::Tensor& outputs);
 
   /// A number of its own, from 1 on, by which graphs of compilers name it.
   [[nodiscard]] int64_t handle() const { return handle_; }
@@ -110,6 +116,8 @@ CTRLORA_API void unregister_head(const at::Tensor& weight);
 /// For C++ programs, around each forward of a registered head: its outputs are observed once their
 /// gradient comes. Without a graph, a registration or a listener nothing happens.
 /// @returns `outputs`.
-CTRLORA_API at::Tensor watch_head(const at::Tensor& weight, const at::Tensor& outputs);
+CTRLORA_API at::Tensor watch_head(const at::Tensor& weight,
+                                  const at::Tensor& inputs,
+                                  const at::Tensor& outputs);
 
 }  // namespace ctrlora
