@@ -63,7 +63,7 @@ at::Tensor for_products(const at::Tensor& x) {
 // What the step's gradients are of those that backward made, squared: (weight.grad probe) over the
 // same from the rows. 1 where nothing is known.
 at::Tensor clipped_square(const at::Tensor& weight, const at::Tensor& from_rows) {
-  const at::Tensor one = at::ones({}, from_rows.options());
+  at::Tensor one = at::ones({}, from_rows.options());
   if (!weight.grad().defined()) {
     return one;
   }
