@@ -60,8 +60,8 @@ class EngineOptions(TypedDict, total=False):
             lr a larger one.
         head_radius: largest relative change, to first order, of the outputs of a head that is
             trained along (a full linear layer behind the last adapter), in one step, > 0. Default
-            0.3: holds the adapters back while a fresh head knows nothing, never felt later or
-            without one. inf switches it off.
+            0.3: holds the adapters back while a fresh head knows little, and bounds a too large lr
+            later. Without such a head it does nothing. inf switches it off.
         rms_beta: EMA weight of the raw direction's squared length, in [0, 1). Default 0.7.
         step_length: "rms" (default): steps shrink where gradients are noise; "radius": every step
             fills the output ball; "newton": to the minimum of the curvature model along the

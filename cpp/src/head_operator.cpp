@@ -38,6 +38,8 @@ at::Tensor backward_kernel(const at::Tensor& grad,
   return grad.clone();
 }
 
+// ---- Shapes alone; slots come by value, as the schema has them ----
+
 at::Tensor forward_meta(const at::Tensor& outputs,
                         const at::Tensor& /*inputs*/,
                         c10::SymInt /*slot*/) {  // NOLINT(performance-unnecessary-value-param)

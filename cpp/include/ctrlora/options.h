@@ -107,7 +107,7 @@ struct CTRLORA_API Options {
   /// step at the initial learning rate, as a share of their spread, > 0; inf switches it off. A
   /// fresh head knows nothing, and no other ball feels what the layers then do together: SST-2
   /// trains at learning rates from 0.0025 to 0.01 without it, to 0.1 with it. 0.5 is no better
-  /// there, and 1 does not hold CoLA. A head that is trained already never feels it [M].
+  /// there, and 1 does not hold CoLA [M].
   double head_radius = 0.3;
 
   /// EMA weight of the raw direction's squared length, measured every third step, in [0, 1). 0.7
