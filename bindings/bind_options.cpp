@@ -27,6 +27,7 @@ void bind_options(py::module_& m) {
       .def_readwrite("master_weights", &Options::master_weights)
       .def_readwrite("kl_radius", &Options::kl_radius)
       .def_readwrite("head_radius", &Options::head_radius)
+      .def_readwrite("head_step", &Options::head_step)
       .def_readwrite("rms_beta", &Options::rms_beta)
       .def_readwrite("step_length", &Options::step_length)
       .def_readwrite("curvature_decay", &Options::curvature_decay)

@@ -34,7 +34,8 @@ def attach(model: nn.Module, adapter_name: str | None = None) -> Attachment:
     trains it by AdamW.
 
     Full linear layers that are trained behind the last adapter (a fresh head) are observed too: a
-    step must not change their outputs by more than the option `head_radius`.
+    step must not change their outputs by more than the option `head_radius`, and their own
+    steps are as long as `head_step` says.
 
     Observation costs nothing on the steps on which no optimizer asks for it, is counted once per
     backward under both modes of activation checkpointing, and ignores passes without gradient,

@@ -63,7 +63,8 @@ def _fallback_lines(index: int, group: dict[str, Any], waiting: set[int]) -> Ite
     for name, tensor in live:
         reason = skip_reason(tensor)
         note = f", of LoRA layer {reason}" if reason else ""
-        note += ", a head: bounds the pairs' steps" if _C.find_head(tensor) is not None else ""
+        head = _C.find_head(tensor) is not None
+        note += ", a head: steps by its outputs, bounds the pairs'" if head else ""
         yield f"  {label(name, tensor)}{note}"
     if len(live) < len(members):
         yield f"  {len(members) - len(live)} frozen ones left alone"

@@ -52,7 +52,8 @@ class CTROptimizer(Reports, torch.optim.Optimizer):
             rank and alpha: about ten times AdamW's best for the same adapters. 0.1 suits language
             models; where a fresh head is trained along, `head_radius` bounds what is too large. Use
             warm-up and decay as usual. At 0 nothing happens.
-        fallback_lr: AdamW's learning rate, its usual default.
+        fallback_lr: AdamW's learning rate, its usual default. A head's weight that is observed
+            moves its outputs by `head_step` times it, whatever the width.
         weight_decay: decoupled decay of A and B, shrinking them by lr * weight_decay a step.
         fallback_betas: AdamW's.
         fallback_eps: AdamW's.

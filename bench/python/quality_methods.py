@@ -83,15 +83,21 @@ METHODS = {
     "full": Method("full fine-tuning", adapter="full", lrs=(1e-4, 2e-4, 4e-4, 8e-4)),
 }
 
+NO_HEAD_STEP = (("head_step", 0.0),)
 METHODS |= {  # on tasks with a fresh head
-    f"{name}_no_head_ball": replace(
-        own,
-        about=f"{own.about}; without the head ball",
-        options=(*own.options, ("head_radius", math.inf)),
-        ablation=True,
+    f"{name}_{tag}": replace(
+        own, about=f"{own.about}; {about}", options=(*own.options, *options), ablation=True
     )
     for name, own in METHODS.items()
     if own.optimizer == "ctr"
+    for tag, about, options in (
+        ("no_head_step", "the head by AdamW's own length", NO_HEAD_STEP),
+        (
+            "no_head_ball",
+            "that, and without the head ball",
+            (*NO_HEAD_STEP, ("head_radius", math.inf)),
+        ),
+    )
 }
 
 

@@ -88,9 +88,11 @@ void Engine::add_fallback(const std::vector<at::Tensor>& params, int64_t group) 
   if (!params.empty()) {
     fallbacks_.push_back(std::make_unique<detail::AdamW>(params, group));
   }
-  for (const at::Tensor& param : params) {
-    if (const std::shared_ptr<HeadSlot> head = find_head(param)) {
-      head->connect(head_meter_, head_meter_->add_head(param));
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (const std::shared_ptr<HeadSlot> head = find_head(params[i])) {
+      const int64_t number = head_meter_->add_head(params[i]);
+      fallbacks_.back()->heads[i] = number;
+      head->connect(head_meter_, number);
       heads_.push_back(head);
     }
   }
@@ -114,6 +116,7 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
     moving.push_back({group, own});
     observing.push_back(group.get());
   }
+  commit_heads(by_group);
   if (!moving.empty()) {
     LayerGroup::commit_observations(observing, side_stream_);
     report_->spaces = detail::RankSpace::sort(moving);
@@ -135,10 +138,10 @@ void Engine::step(const std::vector<GroupSettings>& settings) {
       rank_control_->after_step(groups_, steps_);
     }
   }
-  head_meter_->drop();
   for (const auto& fallback : fallbacks_) {
     if (by_group[static_cast<size_t>(fallback->group())]->lr != 0.0) {
-      fallback->step(fallback_settings(*fallback, by_group), options_.maximize);
+      fallback->step(fallback_settings(*fallback, by_group), options_.maximize, *head_meter_,
+                     options_.head_step);
     }
   }
   if (!moving.empty() && steps_ % options_.balance_every == 0) {
@@ -180,6 +183,25 @@ void Engine::fisher_ball() {
   report_->shrink = report_->kl_shrink;
 }
 
+// What heads showed since the last step enters their averages, unless nothing moves.
+void Engine::commit_heads(const std::vector<const GroupSettings*>& by_group) {
+  const bool still = std::all_of(by_group.begin(), by_group.end(),
+                                 [](const GroupSettings* own) { return own->lr == 0.0; });
+  if (still || heads_.empty()) {
+    head_meter_->drop();
+    return;
+  }
+  for (const auto& fallback : fallbacks_) {
+    const GroupSettings own = fallback_settings(*fallback, by_group);
+    for (const auto& [index, head] : fallback->heads) {
+      if (own.lr != 0.0 && options_.head_step != 0.0) {
+        head_meter_->set_direction(head, fallback->raw_direction(index, own), own.beta2);
+      }
+    }
+  }
+  head_meter_->commit(options_.factor_beta, options_.loss_scale, processes_.get());
+}
+
 // Another phi: what all layers together change the loss by is no more than what a change of the
 // heads' outputs by head_radius would.
 void Engine::head_ball() {
@@ -187,7 +209,6 @@ void Engine::head_ball() {
   if (heads_.empty() || std::isinf(options_.head_radius)) {
     return;
   }
-  head_meter_->commit(options_.factor_beta, options_.loss_scale, processes_.get());
   const at::Tensor decrease =
       detail::RankSpace::predicted_decrease(report_->spaces) * report_->kl_shrink;
   const at::Tensor sensitivity = head_meter_->sensitivity().to(decrease.device());
@@ -305,8 +326,15 @@ std::map<std::string, double> Engine::metrics() const {
     captured_output += group->factors().output.captured_share().sum().item<double>();
     layers += group->layers();
   }
+  double gain = 0.0;
   for (const auto& fallback : fallbacks_) {
     skipped += fallback->skipped.item<int64_t>();
+    for (const auto& item : fallback->heads) {
+      gain += head_meter_->gain(item.second, options_.head_step).item<double>();
+    }
+  }
+  if (!heads_.empty() && options_.head_step != 0.0) {
+    out["head_gain"] = gain / static_cast<double>(heads_.size());
   }
   out["skipped"] = static_cast<double>(skipped);
   out["misses"] = static_cast<double>(misses);

@@ -24,29 +24,51 @@ namespace ctrlora {
 // ---- The averages ----
 
 HeadMeter::HeadMeter()
-    : squares_(at::zeros({2}, at::kDouble)), weight_(at::zeros({2}, at::kDouble)) {}
+    : squares_(at::zeros({2}, at::kDouble)),
+      weight_(at::zeros({2}, at::kDouble)),
+      change_square_(at::zeros({0}, at::kDouble)),
+      change_weight_(at::zeros({0}, at::kDouble)) {}
 
 int64_t HeadMeter::add_head(const at::Tensor& weight) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto options = at::TensorOptions().dtype(at::kDouble).device(weight.device());
-  pending_.push_back(at::zeros({3 + 2 * weight.size(0)}, options));
-  heads_.push_back(weight);
-  return static_cast<int64_t>(pending_.size()) - 1;
+  Head& own = heads_.emplace_back();
+  own.weight = weight;
+  own.sums = at::zeros({3 + 2 * weight.size(0)}, options);
+  change_square_ = at::cat({change_square_, at::zeros({1}, change_square_.options())});
+  change_weight_ = at::cat({change_weight_, at::zeros({1}, change_weight_.options())});
+  return static_cast<int64_t>(heads_.size()) - 1;
 }
 
-void HeadMeter::add(int64_t head, const at::Tensor& sums) {
+void HeadMeter::add(int64_t head, const at::Tensor& sums, const at::Tensor& inputs) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  at::Tensor& own = pending_[static_cast<size_t>(head)];
-  if (own.numel() == sums.numel()) {
-    own = own.to(sums.device()) + sums;
+  Head& own = heads_[static_cast<size_t>(head)];
+  if (own.sums.numel() != sums.numel()) {
+    return;
+  }
+  own.sums = own.sums.to(sums.device()) + sums;
+  int64_t kept = 0;
+  for (const at::Tensor& rows : own.inputs) {
+    kept += rows.size(0);
+  }
+  if (inputs.defined() && inputs.size(1) == own.weight.size(1) && kept < kInputs) {
+    own.inputs.push_back(inputs);
   }
 }
 
 void HeadMeter::drop() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (at::Tensor& own : pending_) {
-    own = at::zeros_like(own);
+  for (Head& own : heads_) {
+    own.sums = at::zeros_like(own.sums);
+    own.inputs.clear();
+    own.direction = at::Tensor();
   }
+}
+
+void HeadMeter::set_direction(int64_t head, const at::Tensor& direction, double beta) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  heads_[static_cast<size_t>(head)].direction = direction;
+  heads_[static_cast<size_t>(head)].direction_beta = beta;
 }
 
 namespace {
@@ -86,29 +108,77 @@ at::Tensor about_mean(const at::Tensor& sums) {
 
 void HeadMeter::commit(double beta, double loss_scale, const Processes* processes) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (pending_.empty()) {
+  if (heads_.empty()) {
     return;
+  }
+  std::vector<at::Tensor> seen;
+  seen.reserve(heads_.size());
+  for (const Head& own : heads_) {
+    seen.push_back(at::cat({own.sums, moved(own)}));
   }
   double unit = loss_scale;
   if (processes != nullptr) {
-    processes->all_reduce(pending_);
+    processes->all_reduce(seen);
     unit *= static_cast<double>(processes->count);  // DDP averages the gradients
   }
-  const at::Device device = pending_.front().device();
-  at::Tensor sample = at::zeros({2}, pending_.front().options());
-  for (size_t i = 0; i < pending_.size(); ++i) {
-    const at::Tensor& own = pending_[i];
-    const at::Tensor both = about_mean(own);
-    const at::Tensor from_rows = own.slice(0, 3 + heads_[i].size(0)) / unit;
-    const at::Tensor grads = both[1] / (unit * unit) * clipped_square(heads_[i], from_rows);
+  const at::Device device = seen.front().device();
+  at::Tensor sample = at::zeros({2}, seen.front().options());
+  std::vector<at::Tensor> changes;
+  for (size_t i = 0; i < seen.size(); ++i) {
+    const int64_t size = heads_[i].sums.size(0);
+    const at::Tensor sums = seen[i].slice(0, 0, size);
+    const at::Tensor both = about_mean(sums);
+    const at::Tensor from_rows = sums.slice(0, 3 + heads_[i].weight.size(0)) / unit;
+    const at::Tensor grads = both[1] / (unit * unit) * clipped_square(heads_[i].weight, from_rows);
     sample = sample + at::stack({both[0], grads}).to(device);
-    pending_[i] = at::zeros_like(own);
+    changes.push_back(seen[i].slice(0, size).to(device));
+    heads_[i].sums = at::zeros_like(sums);
   }
+  enter(changes);
   squares_ = squares_.to(device);  // the model may have been moved
   weight_ = weight_.to(device);
   const at::Tensor mean = squares_ / weight_.clamp_min(1e-300);
   const at::Tensor usable = sample.isfinite().all().logical_and(sample[1] > 0).expand({2});
   detail::ema(squares_, weight_, detail::bounded_sample(sample, mean, weight_ > 0), usable, beta);
+}
+
+// (2) float64: sum over the inputs of the mean square of the outputs' change by the direction, and
+// how many inputs there are; one that is zero everywhere is none.
+at::Tensor HeadMeter::moved(const Head& own) {
+  if (own.inputs.empty() || !own.direction.defined()) {
+    return at::zeros({2}, own.sums.options());
+  }
+  const at::Tensor x = at::cat(own.inputs);
+  const at::Tensor direction = own.direction.to(x.device(), x.scalar_type());
+  const at::Tensor change = detail::row_squares(x.matmul(direction.t()));
+  const at::Tensor count = (detail::row_squares(x) > 0).sum();
+  return at::stack({change.sum() / static_cast<double>(direction.size(0)), count})
+      .to(own.sums.options());
+}
+
+// `moved` of each head, over all processes, into its average; forgets inputs and directions.
+void HeadMeter::enter(const std::vector<at::Tensor>& moved) {
+  change_square_ = change_square_.to(moved.front().device());
+  change_weight_ = change_weight_.to(moved.front().device());
+  for (size_t i = 0; i < moved.size(); ++i) {
+    const auto place = static_cast<int64_t>(i);
+    const at::Tensor square = change_square_.slice(0, place, place + 1);
+    const at::Tensor weight = change_weight_.slice(0, place, place + 1);
+    const at::Tensor sample = (moved[i][0] / moved[i][1]).view({1});
+    const at::Tensor usable = sample.isfinite().logical_and(sample > 0);
+    const at::Tensor mean = square / weight.clamp_min(1e-300);
+    detail::ema(square, weight, detail::bounded_sample(sample, mean, weight > 0), usable,
+                heads_[i].direction_beta);
+    heads_[i].inputs.clear();
+    heads_[i].direction = at::Tensor();
+  }
+}
+
+at::Tensor HeadMeter::gain(int64_t head, double step) const {
+  const at::Tensor square = change_square_.slice(0, head, head + 1);
+  const at::Tensor weight = change_weight_.slice(0, head, head + 1);
+  const at::Tensor rms = (square / weight.clamp_min(1e-300)).sqrt();
+  return at::where(weight > 0, step / rms, at::ones_like(rms));
 }
 
 at::Tensor HeadMeter::sensitivity() const {
@@ -119,7 +189,10 @@ at::Tensor HeadMeter::sensitivity() const {
 }
 
 std::vector<std::pair<std::string, at::Tensor>> HeadMeter::named_tensors() const {
-  return {{"head.row_square", squares_}, {"head.row_weight", weight_}};
+  return {{"head.row_square", squares_},
+          {"head.row_weight", weight_},
+          {"head.change_square", change_square_},
+          {"head.change_weight", change_weight_}};
 }
 
 // ---- The channel ----
@@ -152,6 +225,7 @@ HeadCapture::HeadCapture(std::weak_ptr<HeadMeter> meter,
   const detail::NumericsGuard guard;
   const at::Tensor x = for_products(inputs.detach().reshape({-1, inputs.size(-1)}));
   projected_ = x.mv(probe(x.size(1), x.options())).to(at::kDouble);
+  inputs_ = detail::some_rows(x).clone();  // x may be overwritten
 }
 
 void HeadCapture::complete(const at::Tensor& output_grad) {
@@ -178,7 +252,8 @@ void HeadCapture::complete(const at::Tensor& output_grad) {
   const at::Tensor scalars = at::stack({at::ones_like(squares), squares, grads});
   meter->add(head_,
              at::cat({masked(usable, scalars).sum(-1), own_z.sum(0, /*keepdim=*/false, at::kDouble),
-                      times_probe.to(at::kDouble)}));
+                      times_probe.to(at::kDouble)}),
+             masked(detail::some_rows(usable).unsqueeze(1), inputs_));
 }
 
 namespace {

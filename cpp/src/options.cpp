@@ -50,6 +50,7 @@ void Options::validate() const {
   CTRLORA_RULE(kWhere, max_staleness, max_staleness == 0 || max_staleness == 1);
   CTRLORA_RULE(kWhere, balance_every, balance_every >= 1);
   CTRLORA_RULE(kWhere, max_misses, max_misses >= 1);
+  CTRLORA_RULE(kWhere, head_step, head_step >= 0.0 && std::isfinite(head_step));
   CTRLORA_RULE(kWhere, fallback_lr, fallback_lr >= 0.0 && std::isfinite(fallback_lr));
 }
 

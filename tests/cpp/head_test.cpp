@@ -159,6 +159,73 @@ TEST_CASE("both sums are bias-corrected averages, which spikes and empty rows le
   CHECK(sensitivity(meter) < 5.0 * before);
 }
 
+TEST_CASE("the gain makes a direction's change of the outputs what it should be") {
+  at::manual_seed(9);
+  const Head head;
+  const auto meter = head.listen();
+  const auto gain = [&](double step) { return meter->gain(0, step).item<double>(); };
+  CHECK(gain(100.0) == 1.0);  // nothing is known
+  const at::Tensor x = randn({9, 5}), z = randn({9, 3}), g = randn({9, 3});
+  const at::Tensor direction = randn({3, 5});
+  const double rms = x.slice(0, 0, 8).matmul(direction.t()).square().mean().sqrt().item<double>();
+  g[8].zero_();  // no row
+  head.slot->capture(x.slice(0, 0, 4), z.slice(0, 0, 4))->complete(g.slice(0, 0, 4));
+  const at::Tensor rest = x.slice(0, 4).clone();
+  const auto capture = head.slot->capture(rest, z.slice(0, 4));
+  rest.zero_();  // the forward's are meant
+  capture->complete(g.slice(0, 4));
+  meter->set_direction(0, direction, 0.5);
+  meter->commit(0.6, 1.0, nullptr);
+  CHECK(gain(100.0) == doctest::Approx(100.0 / rms).epsilon(1e-12));
+
+  const auto enter = [&](double times) {
+    head.slot->capture(x.slice(0, 0, 8), z.slice(0, 0, 8))->complete(g.slice(0, 0, 8));
+    meter->set_direction(0, times * direction, 0.5);
+    meter->commit(0.6, 1.0, nullptr);
+  };
+  SUBCASE("an average of squares") {
+    enter(2.0);  // (0.25 + 0.5 * 4) / 0.75
+    CHECK(gain(1.0) == doctest::Approx(1.0 / (rms * std::sqrt(3.0))).epsilon(1e-12));
+  }
+  SUBCASE("a spike counts as 25 times the mean") {
+    enter(1e6);  // (0.25 + 0.5 * 25) / 0.75
+    CHECK(gain(1.0) == doctest::Approx(1.0 / (rms * std::sqrt(17.0))).epsilon(1e-12));
+  }
+  SUBCASE("what says nothing changes nothing") {
+    enter(0.0);
+    enter(kNan);
+    head.backward(z, g);
+    meter->commit(0.6, 1.0, nullptr);  // rows without a direction
+    meter->set_direction(0, direction, 0.5);
+    meter->commit(0.6, 1.0, nullptr);  // a direction without rows
+    head.backward(z, g);
+    meter->set_direction(0, 7.0 * direction, 0.5);
+    meter->drop();
+    meter->commit(0.6, 1.0, nullptr);
+    CHECK(gain(1.0) == doctest::Approx(1.0 / rms).epsilon(1e-12));
+  }
+}
+
+TEST_CASE("of many rows, evenly spaced ones tell; of many micro-batches, the first") {
+  at::manual_seed(10);
+  const Head head;
+  const auto meter = head.listen();
+  const at::Tensor direction = at::ones({1, 5}, at::kDouble);
+  const auto backward = [&](double size, int64_t rows) {
+    const at::Tensor z = randn({rows, 3});
+    const at::Tensor x = at::full({rows, 5}, size / 5.0, at::kDouble);
+    x.slice(0, 1, rows, 2).zero_();  // every second row, which counts as none
+    head.slot->capture(x, z)->complete(at::ones_like(z));
+  };
+  for (int64_t i = 0; i < HeadMeter::kInputs / 256; ++i) {
+    backward(2.0, 512);
+  }
+  backward(1e3, 4);
+  meter->set_direction(0, direction, 0.5);
+  meter->commit(0.6, 1.0, nullptr);
+  CHECK(meter->gain(0, 1.0).item<double>() == doctest::Approx(0.5));
+}
+
 TEST_CASE("what does not belong to the forward is ignored, and so is who came too late") {
   at::manual_seed(7);
   const Head head;
@@ -205,7 +272,7 @@ TEST_CASE("two processes with half of the rows each find what one with all of th
   const auto sums_of = [](const at::Tensor& outputs, const at::Tensor& grads) {
     return at::cat({numbers({static_cast<double>(outputs.size(0))}),
                     outputs.square().sum().view({1}), grads.square().sum().view({1}),
-                    outputs.sum(0), at::zeros({3}, at::kDouble)});
+                    outputs.sum(0), at::zeros({3}, at::kDouble), numbers({8.0, 4.0})});
   };
   ctrlora::Processes pair;
   pair.count = 2;
@@ -218,7 +285,10 @@ TEST_CASE("two processes with half of the rows each find what one with all of th
     if (saw_rows) {
       head.backward(z.slice(0, 0, 4), 2.0 * g.slice(0, 0, 4));
     }
-    meter->commit(0.6, 1.0, &pair);
+    meter->set_direction(0, numbers({1.0, 0.0, 0.0, 0.0, 0.0}).view({1, 5}), 0.9);
+    meter->commit(0.6, 1.0, &pair);  // here inputs of ones: the outputs move by 1
+    CHECK(meter->gain(0, 3.0).item<double>() ==
+          doctest::Approx(3.0 / std::sqrt(saw_rows ? 12.0 / 8.0 : 8.0 / 4.0)));
     const int64_t first = saw_rows ? 0 : 4;
     CHECK(sensitivity(*meter) ==
           doctest::Approx(expected(z.slice(0, first), g.slice(0, first))).epsilon(1e-12));
@@ -250,6 +320,39 @@ TEST_CASE("no step changes the head's outputs by more than head_radius, whatever
         CHECK(metrics.at("head_change") > metrics.at("head_radius"));  // binds in each step
         CHECK(metrics.at("predicted_decrease") ==
               doctest::Approx(metrics.at("head_radius") * sensitivity(own)).epsilon(1e-9));
+      }
+    }
+  }
+}
+
+TEST_CASE("a head's first step moves its outputs by head_step times lr at any width") {
+  for (const int64_t width : {8, 2000}) {
+    for (const double head_step : {100.0, 0.0}) {
+      at::manual_seed(11);
+      const at::Tensor weight = randn({3, width}).requires_grad_();
+      const at::Tensor bias = randn({3}).requires_grad_();
+      const auto slot = ctrlora::register_head(weight);
+      Options options;
+      options.head_step = head_step;
+      ctrlora::Engine engine(options);
+      engine.add_fallback({bias, weight}, 0);
+      const at::Tensor x = randn({12, width}), before = weight.detach().clone();
+      const at::Tensor bias_before = bias.detach().clone();
+      const at::Tensor z = ctrlora::watch_head(weight, x, at::linear(x, weight, bias));
+      z.square().sum().backward();
+      engine.step({GroupSettings{.lr = 1e-3}});
+      const at::Tensor move = weight.detach() - before;
+      const double change = x.matmul(move.t()).square().mean().sqrt().item<double>();
+      const double one = move.abs().mean().item<double>();  // each entry moves as far
+      CHECK(move.abs().amax().item<double>() == doctest::Approx(one).epsilon(1e-5));
+      CHECK((bias.detach() - bias_before).abs().amax().item<double>() ==
+            doctest::Approx(1e-3).epsilon(1e-5));
+      if (head_step > 0.0) {
+        CHECK(change == doctest::Approx(0.1).epsilon(1e-6));
+        CHECK(engine.metrics().at("head_gain") == doctest::Approx(one / 1e-3).epsilon(1e-5));
+      } else {
+        CHECK(one == doctest::Approx(1e-3).epsilon(1e-5));
+        CHECK(engine.metrics().count("head_gain") == 0);
       }
     }
   }

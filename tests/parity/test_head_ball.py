@@ -1,4 +1,4 @@
-"""A head that is trained along, in the engine and in the reference."""
+"""A head that is trained along, its ball and its own step, in the engine and in the reference."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from parity.problems import F64, ReferenceModel, mlp, randn
-from parity.twins import Twins
+from parity.twins import Twins, relative
 from reference.ctr_reference import Group, Settings
+from reference.head_step import HeadStep
 from torch import Tensor, nn
 
 import pyctrlora
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 WIDTHS = [6, 8, 8, 7]
-STEPS, PEAK, TOLERANCE = 14, 0.3, 1e-9
+STEPS, PEAK, HEAD_LR, TOLERANCE = 14, 0.3, 1e-3, 1e-9
 
 
 def fresh_head(classes: int = 4) -> nn.Linear:
@@ -38,10 +39,13 @@ class HeadTwins:
         self.observer = HeadObserver(self.ours)
         self.twins.optimizer.add_param_group({"params": list(self.ours.parameters())})
         self.reference = self.twins.reference.reference
+        self.head_step = HeadStep(step_at_1=changes.get("head_step", 100.0))
+        self.bias = torch.optim.AdamW([self.theirs.bias], lr=HEAD_LR, weight_decay=0.0)
         self.theirs.register_forward_hook(self._observe)
 
-    def _observe(self, _head: nn.Module, _args: Any, z: Tensor) -> None:
+    def _observe(self, _head: nn.Module, args: Any, z: Tensor) -> None:
         z.register_hook(lambda g: self.reference.heads.observe(z, g))
+        z.register_hook(lambda g: self.head_step.observe(args[0], g))
 
     def loss(self, t: int, **kw: Any) -> Callable[[nn.Module], Tensor]:
         x, y = randn(24, WIDTHS[0], seed=100 + t), torch.arange(24) % 4
@@ -56,13 +60,23 @@ class HeadTwins:
         return of
 
     def step(self, losses: list[Callable[[nn.Module], Tensor]], lr: float) -> None:
-        """Both sides; AdamW moves the engine's head, whose weights the other one takes over."""
-        self.twins.step(losses, [Group(lr, PEAK), Group(0.01 if lr else 0.0, 0.01)])
-        self.theirs.load_state_dict(self.ours.state_dict())
+        """Both sides."""
+        self.theirs.zero_grad()
+        self.twins.step(losses, [Group(lr, PEAK), Group(HEAD_LR if lr else 0.0, HEAD_LR)])
+        if lr == 0:
+            self.head_step.rows = []
+            return
+        weight = self.theirs.weight
+        weight.data = self.head_step.step(weight.detach(), weight.grad, HEAD_LR)
+        self.bias.step()
 
     def check(self) -> None:
         found = [(name, off) for name, off in self.twins.deviations() if off > TOLERANCE]
         assert not found
+        assert relative(self.ours.weight, self.theirs.weight) < TOLERANCE
+        assert relative(self.ours.bias, self.theirs.bias) < TOLERANCE
+        gain = self.twins.optimizer.metrics()["head_gain"]
+        assert gain == pytest.approx(self.head_step.gain, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("radius", [0.03, 0.003, math.inf])

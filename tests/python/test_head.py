@@ -102,10 +102,12 @@ def test_a_language_model_has_none_and_pays_nothing(net):
 def test_a_step_is_shortened_to_the_radius_and_says_so():
     model = classifier()
     opt = CTROptimizer.from_model(model, lr=1.0, head_radius=0.1)
-    assert opt.describe().count("a head: bounds the pairs' steps") == 1
+    assert opt.describe().count("a head: steps by its outputs, bounds the pairs'") == 1
     train(model, opt, range(4))
     metrics = opt.metrics()
     assert metrics["head_change"] > metrics["head_radius"] == 0.1
+    plain = CTROptimizer.from_model(classifier(), head_step=0.0)
+    assert "head_gain" not in plain.metrics()
     for group in opt.param_groups:
         group["lr"] *= 0.5
     train(model, opt, range(4, 5))
@@ -114,12 +116,63 @@ def test_a_step_is_shortened_to_the_radius_and_says_so():
     assert "head_change" not in free.metrics()
 
 
+@pytest.mark.parametrize("width", [8, 1024])
+def test_a_heads_step_moves_its_outputs_as_far_at_any_width(width):
+    torch.manual_seed(9)
+    model = pyctrlora.add_lora(nn.Sequential(nn.Linear(width, width), nn.Tanh()), rank=2)
+    model.append(nn.Linear(width, 3))
+    nn.init.zeros_(model[2].weight)  # as some models start
+    opt = CTROptimizer.from_model(model, fallback_lr=2e-3)
+    x = torch.randn(16, width)
+    hidden, before = model[:2](x).detach(), model[2].weight.detach().clone()
+    nn.functional.cross_entropy(model(x), torch.arange(16) % 3).backward()
+    opt.step()
+    change = hidden @ (model[2].weight.detach() - before).T
+    assert change.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-4)
+    assert opt.metrics()["head_gain"] > 0
+
+
+def test_each_of_two_heads_has_its_own_length():
+    torch.manual_seed(12)
+    model = pyctrlora.add_lora(TwoHeads(), rank=2, targets=["body"])
+    heads = [model.left, model.right]
+    for head in heads:
+        head.requires_grad_(True)
+    opt = CTROptimizer.from_model(model)
+    hidden = torch.randn(16, 8)
+    inputs = [hidden, 100 * hidden]
+    before = [head.weight.detach().clone() for head in heads]
+    sum(head(x).square().mean() for head, x in zip(heads, inputs, strict=True)).backward()
+    opt.step()
+    for head, x, old in zip(heads, inputs, before, strict=True):
+        change = x @ (head.weight.detach() - old).T
+        assert change.square().mean().sqrt().item() == pytest.approx(0.1, rel=1e-4)
+
+
+def test_a_head_that_knows_its_task_by_heart_stays_finite():
+    """Gradients vanish; a length in units of the loss would grow without bound."""
+    torch.manual_seed(10)
+    model = classifier()
+    opt = CTROptimizer.from_model(model)
+    gains = []
+    for _ in range(300):
+        train(model, opt, range(1))  # one batch over and over
+        gains.append(opt.metrics()["head_gain"])
+    (head,) = find_heads(model)
+    with torch.no_grad():
+        assert model(**batch(0)).loss < 0.1
+    assert head.weight.abs().max() < 10
+    assert max(gains[100:]) < 2 * min(gains[100:])
+
+
 def test_a_fresh_head_learns_at_a_learning_rate_that_ruins_it_otherwise():
     losses = {}
     for radius in (0.3, math.inf):
         torch.manual_seed(1)
         model = classifier()
-        opt = CTROptimizer.from_model(model, lr=10.0, fallback_lr=3e-3, head_radius=radius)
+        opt = CTROptimizer.from_model(
+            model, lr=10.0, fallback_lr=3e-3, head_radius=radius, head_step=0.0
+        )
         schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=150)
         for seed in range(150):
             model(**batch(seed, 16)).loss.backward()
@@ -221,6 +274,11 @@ def test_copies_are_blind_until_attached_and_detaching_ends_it():
     assert "head_change" not in left.metrics()
 
 
+def averages(opt: CTROptimizer) -> torch.Tensor:
+    tensors = opt.state_dict()["ctrlora"]["tensors"]
+    return torch.cat([tensor for name, tensor in tensors.items() if name.startswith("head.")])
+
+
 def test_a_rejected_step_takes_the_heads_averages_back():
     torch.manual_seed(5)
     model = classifier()
@@ -235,13 +293,12 @@ def test_a_rejected_step_takes_the_heads_averages_back():
             return model(**data).loss
 
         loss().backward()
-        before = opt.state_dict()["ctrlora"]["tensors"]["head.row_weight"].clone()
+        before = averages(opt)
         count = opt.metrics()["rejected"]
         opt.step(loss=loss)
         if opt.metrics()["rejected"] > count:
             rejected = True
-            now = opt.state_dict()["ctrlora"]["tensors"]["head.row_weight"]
-            assert torch.equal(now, before)
+            assert torch.equal(averages(opt), before)
         opt.zero_grad()
     assert rejected
 

@@ -55,7 +55,8 @@ class CTRLORA_API CTROptions : public torch::optim::OptimizerCloneableOptions<CT
   CTRLORA_GROUP_OPTION(double, lr, 0.1);
   /// Decoupled decay of A and B: they shrink by lr * weight_decay a step, >= 0.
   CTRLORA_GROUP_OPTION(double, weight_decay, 0.0);
-  /// AdamW's learning rate for what is no pair (heads, biases, norms), >= 0; its usual default.
+  /// AdamW's learning rate for what is no pair (heads, biases, norms), >= 0; its usual default. The
+  /// weight of a registered head moves its outputs by Options::head_step times it.
   CTRLORA_GROUP_OPTION(double, fallback_lr, 1e-3);
   /// AdamW's, in [0, 1).
   CTRLORA_GROUP_OPTION(Betas, fallback_betas, Betas(0.9, 0.999));

@@ -121,6 +121,7 @@ class CTRLORA_API Engine {
   [[nodiscard]] std::vector<const GroupSettings*> checked(
       const std::vector<GroupSettings>& settings) const;
   [[nodiscard]] double schedule() const;
+  void commit_heads(const std::vector<const GroupSettings*>& by_group);
   void fisher_ball();
   void head_ball();
   void inform_of_processes(size_t first);

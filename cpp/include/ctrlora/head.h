@@ -1,9 +1,12 @@
-// A head that is trained along: what its outputs say about how far a step of the adapters may go.
+// A head that is trained along: what its outputs say about how far a step of the adapters may go,
+// and how long its own step is.
 //
 // A head is a full linear layer behind the last adapter (a classifier, a regression's output). A
 // fresh one knows nothing, and no metric of the layers before it feels a step then. Its outputs z
 // and the loss' gradient there do: a step that changes them by the share r changes the loss by at
-// most r |dloss/dz| |z| to first order (Cauchy-Schwarz), whatever the layers together did.
+// most r |dloss/dz| |z| to first order (Cauchy-Schwarz), whatever the layers together did. AdamW
+// moves the head itself: every weight by lr, which moves the outputs of a wide head far and those
+// of a narrow one hardly. Its inputs tell how far; its step is made as long at any width.
 // cpp/README.md, section 4.
 #pragma once
 
@@ -30,13 +33,20 @@ class CTRLORA_API HeadMeter {
  public:
   HeadMeter();
 
+  /// Inputs of one head that are kept between two steps, at most: what came first.
+  static constexpr int64_t kInputs = 1024;
+
   /// One more head with this weight (m, n); its number. Heads side by side count as one.
   int64_t add_head(const at::Tensor& weight);
   /// @param sums (3 + 2 m) float64 over the rows of one backward of a head: their number,
   /// sum of |z|^2, of |dloss/dz|^2, of z, and of dloss/dz <x, probe>, x the head's input.
-  void add(int64_t head, const at::Tensor& sums);
+  /// @param inputs (R, n) some of the x, zeros for rows that are none; undefined: not known.
+  void add(int64_t head, const at::Tensor& sums, const at::Tensor& inputs = {});
   /// Forgets what came since the last commit.
   void drop();
+  /// AdamW's direction for this step's gradient alone, (m', n), some of its rows; undefined: none.
+  /// The next commit enters what it does to the outputs, with this weight of the old average.
+  void set_direction(int64_t head, const at::Tensor& direction, double beta);
   /// Enters it into the averages, bias-corrected EMAs of sum |z - mean|^2 and of sum |dloss/dz|^2
   /// over all heads; one with more than 25 times its mean (a spike, section 6) counts as 25 times.
   /// A head with less than two rows has no say. dloss/dz counts as .grad does: what the weight's
@@ -46,16 +56,31 @@ class CTRLORA_API HeadMeter {
   /// |dloss/dz| |z - mean| in nats: what a change of the outputs by their own spread is worth at
   /// most, (1) float64; infinite before the first commit with rows.
   [[nodiscard]] at::Tensor sensitivity() const;
+  /// Factor on AdamW's learning rate by which a direction of one gradient changes the head's
+  /// outputs by `step` times that rate, rms over rows and outputs, (1) float64; 1 before the first
+  /// commit with inputs and a direction.
+  [[nodiscard]] at::Tensor gain(int64_t head, double step) const;
 
   /// By name; live tensors.
   [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
 
  private:
+  struct Head {
+    at::Tensor weight;
+    at::Tensor sums;                 // since the last commit; zeros: nothing
+    std::vector<at::Tensor> inputs;  // since then
+    at::Tensor direction;            // of the commit to come; undefined: none
+    double direction_beta = 0.0;
+  };
+  [[nodiscard]] static at::Tensor moved(const Head& own);
+  void enter(const std::vector<at::Tensor>& moved);
+
   std::mutex mutex_;
-  std::vector<at::Tensor> heads_;    // their weights
-  std::vector<at::Tensor> pending_;  // by head, since the last commit; zeros: nothing
-  at::Tensor squares_;               // (2) float64, biased
-  at::Tensor weight_;                // (2) float64, sums of coefficients
+  std::vector<Head> heads_;
+  at::Tensor squares_;        // (2) float64, biased
+  at::Tensor weight_;         // (2) float64, sums of coefficients
+  at::Tensor change_square_;  // (heads) float64, biased: of outputs by a direction
+  at::Tensor change_weight_;  // (heads) float64
 };
 
 /// A forward of a head that waits for its backward. Holds its outputs by reference; where they were
@@ -74,6 +99,7 @@ class CTRLORA_API HeadCapture {
   int64_t head_;
   at::Tensor outputs_;    // undefined: done
   at::Tensor projected_;  // (rows) <x, probe>
+  at::Tensor inputs_;     // (R, n), evenly spaced rows of x
   int64_t version_;
 };
 

@@ -110,6 +110,11 @@ struct CTRLORA_API Options {
   /// there, and 1 does not hold CoLA [M].
   double head_radius = 0.3;
 
+  /// Change of such a head's outputs by a step of its weight, as a multiple of the fallback
+  /// learning rate, rms over rows and outputs, where gradients agree; >= 0. 0: AdamW's own, which
+  /// grows with the head's width. 100: 0.1 a step at 1e-3; from 50 to 200 nothing changes [M].
+  double head_step = 100.0;
+
   /// EMA weight of the raw direction's squared length, measured every third step, in [0, 1). 0.7
   /// forgets within some ten steps; hardly matters [M].
   double rms_beta = 0.7;

@@ -27,6 +27,9 @@ at::Tensor row_squares(const at::Tensor& rows);
 /// The same of the rows `index` (R) int64 of `rows` (N, d) alone.
 at::Tensor row_squares(const at::Tensor& rows, const at::Tensor& index);
 
+/// At most 256 of the rows (N, ...), evenly spaced, without a copy.
+at::Tensor some_rows(const at::Tensor& rows);
+
 /// A slab (L, d, p) and its coefficients (L, p, r) float64.
 struct Term {
   at::Tensor slab;
