@@ -189,10 +189,13 @@ at::Tensor HeadMeter::sensitivity() const {
 }
 
 std::vector<std::pair<std::string, at::Tensor>> HeadMeter::named_tensors() const {
-  return {{"head.row_square", squares_},
-          {"head.row_weight", weight_},
-          {"head.change_square", change_square_},
-          {"head.change_weight", change_weight_}};
+  std::vector<std::pair<std::string, at::Tensor>> out = {{"head.row_square", squares_},
+                                                         {"head.row_weight", weight_}};
+  if (!heads_.empty()) {
+    out.emplace_back("head.change_square", change_square_);
+    out.emplace_back("head.change_weight", change_weight_);
+  }
+  return out;
 }
 
 // ---- The channel ----
