@@ -326,15 +326,11 @@ std::map<std::string, double> Engine::metrics() const {
     captured_output += group->factors().output.captured_share().sum().item<double>();
     layers += group->layers();
   }
-  double gain = 0.0;
   for (const auto& fallback : fallbacks_) {
     skipped += fallback->skipped.item<int64_t>();
-    for (const auto& item : fallback->heads) {
-      gain += head_meter_->gain(item.second, options_.head_step).item<double>();
-    }
   }
   if (!heads_.empty() && options_.head_step != 0.0) {
-    out["head_gain"] = gain / static_cast<double>(heads_.size());
+    out["head_gain"] = head_meter_->gains(options_.head_step).mean().item<double>();
   }
   out["skipped"] = static_cast<double>(skipped);
   out["misses"] = static_cast<double>(misses);

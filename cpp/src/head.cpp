@@ -174,11 +174,9 @@ void HeadMeter::enter(const std::vector<at::Tensor>& moved) {
   }
 }
 
-at::Tensor HeadMeter::gain(int64_t head, double step) const {
-  const at::Tensor square = change_square_.slice(0, head, head + 1);
-  const at::Tensor weight = change_weight_.slice(0, head, head + 1);
-  const at::Tensor rms = (square / weight.clamp_min(1e-300)).sqrt();
-  return at::where(weight > 0, step / rms, at::ones_like(rms));
+at::Tensor HeadMeter::gains(double step) const {
+  const at::Tensor rms = (change_square_ / change_weight_.clamp_min(1e-300)).sqrt();
+  return at::where(change_weight_ > 0, step / rms, at::ones_like(rms));
 }
 
 at::Tensor HeadMeter::sensitivity() const {

@@ -163,7 +163,7 @@ TEST_CASE("the gain makes a direction's change of the outputs what it should be"
   at::manual_seed(9);
   const Head head;
   const auto meter = head.listen();
-  const auto gain = [&](double step) { return meter->gain(0, step).item<double>(); };
+  const auto gain = [&](double step) { return meter->gains(step).item<double>(); };
   CHECK(gain(100.0) == 1.0);  // nothing is known
   const at::Tensor x = randn({9, 5}), z = randn({9, 3}), g = randn({9, 3});
   const at::Tensor direction = randn({3, 5});
@@ -223,7 +223,7 @@ TEST_CASE("of many rows, evenly spaced ones tell; of many micro-batches, the fir
   backward(1e3, 4);
   meter->set_direction(0, direction, 0.5);
   meter->commit(0.6, 1.0, nullptr);
-  CHECK(meter->gain(0, 1.0).item<double>() == doctest::Approx(0.5));
+  CHECK(meter->gains(1.0).item<double>() == doctest::Approx(0.5));
 }
 
 TEST_CASE("what does not belong to the forward is ignored, and so is who came too late") {
@@ -287,7 +287,7 @@ TEST_CASE("two processes with half of the rows each find what one with all of th
     }
     meter->set_direction(0, numbers({1.0, 0.0, 0.0, 0.0, 0.0}).view({1, 5}), 0.9);
     meter->commit(0.6, 1.0, &pair);  // here inputs of ones: the outputs move by 1
-    CHECK(meter->gain(0, 3.0).item<double>() ==
+    CHECK(meter->gains(3.0).item<double>() ==
           doctest::Approx(3.0 / std::sqrt(saw_rows ? 12.0 / 8.0 : 8.0 / 4.0)));
     const int64_t first = saw_rows ? 0 : 4;
     CHECK(sensitivity(*meter) ==

@@ -56,10 +56,10 @@ class CTRLORA_API HeadMeter {
   /// |dloss/dz| |z - mean| in nats: what a change of the outputs by their own spread is worth at
   /// most, (1) float64; infinite before the first commit with rows.
   [[nodiscard]] at::Tensor sensitivity() const;
-  /// Factor on AdamW's learning rate by which a direction of one gradient changes the head's
-  /// outputs by `step` times that rate, rms over rows and outputs, (1) float64; 1 before the first
+  /// Factors on AdamW's learning rate by which a direction of one gradient changes a head's outputs
+  /// by `step` times that rate, rms over rows and outputs, (heads) float64; 1 before the first
   /// commit with inputs and a direction.
-  [[nodiscard]] at::Tensor gain(int64_t head, double step) const;
+  [[nodiscard]] at::Tensor gains(double step) const;
 
   /// By name; live tensors.
   [[nodiscard]] std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;

@@ -114,7 +114,7 @@ void AdamW::step(const GroupSettings& settings,
     if (head >= 0) {  // CUDA's kernel reads it as float
       const at::Tensor& param = own.params.front();
       const auto options = param.options().dtype(param.is_cuda() ? at::kFloat : at::kDouble);
-      lr = (settings.lr * meter.gain(head, head_step)).squeeze(0).to(options);
+      lr = (settings.lr * meter.gains(head_step).select(0, head)).to(options);
     }
     for (at::Tensor& count : own.steps) {
       count.add_(1.0);
