@@ -64,7 +64,8 @@ class EngineOptions(TypedDict, total=False):
             later. Without such a head it does nothing. inf switches it off.
         head_step: how far a step of such a head's weight moves its outputs, as a multiple of
             `fallback_lr`, rms over rows and outputs, where gradients agree, >= 0. Default 100: 0.1
-            at the default of 1e-3, whatever the head's width. 0: AdamW's own length.
+            at the default of 1e-3, whatever the head's width (by a rate of at most 1000 times
+            `fallback_lr`). 0: AdamW's own length.
         rms_beta: EMA weight of the raw direction's squared length, in [0, 1). Default 0.7.
         step_length: "rms" (default): steps shrink where gradients are noise; "radius": every step
             fills the output ball; "newton": to the minimum of the curvature model along the

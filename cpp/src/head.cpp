@@ -174,9 +174,13 @@ void HeadMeter::enter(const std::vector<at::Tensor>& moved) {
   }
 }
 
+// Inputs next to nothing (a layer before the head is dead) would make weights without bound, which
+// the outputs feel once it lives.
+constexpr double kMostGain = 1000.0;
+
 at::Tensor HeadMeter::gains(double step) const {
   const at::Tensor rms = (change_square_ / change_weight_.clamp_min(1e-300)).sqrt();
-  return at::where(change_weight_ > 0, step / rms, at::ones_like(rms));
+  return at::where(change_weight_ > 0, (step / rms).clamp_max(kMostGain), at::ones_like(rms));
 }
 
 at::Tensor HeadMeter::sensitivity() const {

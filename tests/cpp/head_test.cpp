@@ -168,16 +168,15 @@ TEST_CASE("the gain makes a direction's change of the outputs what it should be"
   const at::Tensor x = randn({9, 5}), z = randn({9, 3}), g = randn({9, 3});
   const at::Tensor direction = randn({3, 5});
   const double rms = x.slice(0, 0, 8).matmul(direction.t()).square().mean().sqrt().item<double>();
-  g[8].zero_();  // no row
+  g[8].zero_();
   head.slot->capture(x.slice(0, 0, 4), z.slice(0, 0, 4))->complete(g.slice(0, 0, 4));
   const at::Tensor rest = x.slice(0, 4).clone();
   const auto capture = head.slot->capture(rest, z.slice(0, 4));
-  rest.zero_();  // the forward's are meant
+  rest.zero_();
   capture->complete(g.slice(0, 4));
   meter->set_direction(0, direction, 0.5);
   meter->commit(0.6, 1.0, nullptr);
   CHECK(gain(100.0) == doctest::Approx(100.0 / rms).epsilon(1e-12));
-
   const auto enter = [&](double times) {
     head.slot->capture(x.slice(0, 0, 8), z.slice(0, 0, 8))->complete(g.slice(0, 0, 8));
     meter->set_direction(0, times * direction, 0.5);
@@ -190,6 +189,15 @@ TEST_CASE("the gain makes a direction's change of the outputs what it should be"
   SUBCASE("a spike counts as 25 times the mean") {
     enter(1e6);  // (0.25 + 0.5 * 25) / 0.75
     CHECK(gain(1.0) == doctest::Approx(1.0 / (rms * std::sqrt(17.0))).epsilon(1e-12));
+  }
+  SUBCASE("inputs next to nothing do not make it boundless") {
+    for (const double times : {1e-6, 1e-30, 0.0}) {
+      const auto other = head.listen();
+      head.slot->capture(times * x, z)->complete(g);
+      other->set_direction(0, direction, 0.5);
+      other->commit(0.6, 1.0, nullptr);
+      CHECK(other->gains(1.0).item<double>() == (times > 0.0 ? 1000.0 : 1.0));
+    }
   }
   SUBCASE("what says nothing changes nothing") {
     enter(0.0);
@@ -210,7 +218,6 @@ TEST_CASE("of many rows, evenly spaced ones tell; of many micro-batches, the fir
   at::manual_seed(10);
   const Head head;
   const auto meter = head.listen();
-  const at::Tensor direction = at::ones({1, 5}, at::kDouble);
   const auto backward = [&](double size, int64_t rows) {
     const at::Tensor z = randn({rows, 3});
     const at::Tensor x = at::full({rows, 5}, size / 5.0, at::kDouble);
@@ -221,7 +228,7 @@ TEST_CASE("of many rows, evenly spaced ones tell; of many micro-batches, the fir
     backward(2.0, 512);
   }
   backward(1e3, 4);
-  meter->set_direction(0, direction, 0.5);
+  meter->set_direction(0, at::ones({1, 5}, at::kDouble), 0.5);
   meter->commit(0.6, 1.0, nullptr);
   CHECK(meter->gains(1.0).item<double>() == doctest::Approx(0.5));
 }
@@ -332,12 +339,10 @@ TEST_CASE("a head's first step moves its outputs by head_step times lr at any wi
       const at::Tensor weight = randn({3, width}).requires_grad_();
       const at::Tensor bias = randn({3}).requires_grad_();
       const auto slot = ctrlora::register_head(weight);
-      Options options;
-      options.head_step = head_step;
-      ctrlora::Engine engine(options);
+      ctrlora::Engine engine(Options{.head_step = head_step});
       engine.add_fallback({bias, weight}, 0);
-      const at::Tensor x = randn({12, width}), before = weight.detach().clone();
-      const at::Tensor bias_before = bias.detach().clone();
+      const at::Tensor x = randn({12, width});
+      const at::Tensor before = weight.detach().clone(), bias_before = bias.detach().clone();
       const at::Tensor z = ctrlora::watch_head(weight, x, at::linear(x, weight, bias));
       z.square().sum().backward();
       engine.step({GroupSettings{.lr = 1e-3}});
@@ -347,13 +352,11 @@ TEST_CASE("a head's first step moves its outputs by head_step times lr at any wi
       CHECK(move.abs().amax().item<double>() == doctest::Approx(one).epsilon(1e-5));
       CHECK((bias.detach() - bias_before).abs().amax().item<double>() ==
             doctest::Approx(1e-3).epsilon(1e-5));
-      if (head_step > 0.0) {
-        CHECK(change == doctest::Approx(0.1).epsilon(1e-6));
-        CHECK(engine.metrics().at("head_gain") == doctest::Approx(one / 1e-3).epsilon(1e-5));
-      } else {
-        CHECK(one == doctest::Approx(1e-3).epsilon(1e-5));
-        CHECK(engine.metrics().count("head_gain") == 0);
-      }
+      CHECK((head_step > 0.0 ? change : 100.0 * one) == doctest::Approx(0.1).epsilon(1e-5));
+      const auto metrics = engine.metrics();
+      CHECK(metrics.count("head_gain") == (head_step > 0.0 ? 1 : 0));
+      CHECK((head_step == 0.0 ||
+             metrics.at("head_gain") == doctest::Approx(one / 1e-3).epsilon(1e-5)));
     }
   }
 }

@@ -46,7 +46,9 @@ def model(seed: int = 0) -> nn.Module:
     layers = [LoRALinear(nn.Linear(6, m), rank=2, name=f"l{i}") for i, m in enumerate((6, 6, 5))]
     for layer in layers:
         nn.init.normal_(layer.lora_b, std=0.3)
-    return nn.Sequential(*layers, nn.Linear(5, 3))
+    net = nn.Sequential(*layers, nn.Linear(5, 3))
+    pyctrlora.attach(net)  # the head is observed
+    return net
 
 
 def optimizer(net: nn.Module, **options: Any) -> Any:

@@ -40,5 +40,5 @@ class HeadStep:
             sample = float((torch.cat(rows) @ (grad / rms).T).square().mean())
             self.change.add(sample, beta2, self.change.mean(beta2))
         if self.change.seen:
-            self.gain = self.step_at_1 / self.change.mean(beta2) ** 0.5
+            self.gain = min(self.step_at_1 / self.change.mean(beta2) ** 0.5, 1000.0)
         return weight - lr * self.gain * self.momentum / (1 - beta1**self.updates) / rms

@@ -57,8 +57,8 @@ class CTRLORA_API HeadMeter {
   /// most, (1) float64; infinite before the first commit with rows.
   [[nodiscard]] at::Tensor sensitivity() const;
   /// Factors on AdamW's learning rate by which a direction of one gradient changes a head's outputs
-  /// by `step` times that rate, rms over rows and outputs, (heads) float64; 1 before the first
-  /// commit with inputs and a direction.
+  /// by `step` times that rate, rms over rows and outputs, at most 1000, (heads) float64; 1 before
+  /// the first commit with inputs and a direction.
   [[nodiscard]] at::Tensor gains(double step) const;
 
   /// By name; live tensors.
