@@ -47,10 +47,11 @@ class CTRLORA_API HeadMeter {
   /// AdamW's direction for this step's gradient alone, (m', n), some of its rows; undefined: none.
   /// The next commit enters what it does to the outputs, with this weight of the old average.
   void set_direction(int64_t head, const at::Tensor& direction, double beta);
-  /// Enters it into the averages, bias-corrected EMAs of sum |z - mean|^2 and of sum |dloss/dz|^2
-  /// over all heads; one with more than 25 times its mean (a spike, section 6) counts as 25 times.
-  /// A head with less than two rows has no say. dloss/dz counts as .grad does: what the weight's
-  /// gradient times the probe is less than those sums, clipping has taken off all gradients.
+  /// Enters what came into the averages, bias-corrected EMAs of sum |z - mean|^2 and of sum
+  /// |dloss/dz|^2 over all heads; one with more than 25 times its mean (a spike, section 6) counts
+  /// as 25 times. A head with less than two rows has no say. dloss/dz counts as .grad does: what
+  /// the weight's gradient times the probe is less than those sums, clipping has taken off all
+  /// gradients.
   /// @param loss_scale factor on the loss in backward. @param processes add up first; may be null.
   void commit(double beta, double loss_scale, const Processes* processes);
   /// |dloss/dz| |z - mean| in nats: what a change of the outputs by their own spread is worth at

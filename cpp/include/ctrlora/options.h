@@ -112,7 +112,8 @@ struct CTRLORA_API Options {
 
   /// Change of such a head's outputs by a step of its weight, as a multiple of the fallback
   /// learning rate, rms over rows and outputs, where gradients agree; >= 0. 0: AdamW's own, which
-  /// grows with the head's width. 100: 0.1 a step at 1e-3; from 50 to 200 nothing changes [M].
+  /// grows with the head's width. 100: 0.1 a step at 1e-3; SST-2 ends 0.004 higher with 50, alike
+  /// with 200 [M].
   double head_step = 100.0;
 
   /// EMA weight of the raw direction's squared length, measured every third step, in [0, 1). 0.7

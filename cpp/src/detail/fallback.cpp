@@ -47,9 +47,6 @@ void fused_step(Lists& own,
                 const GroupSettings& settings,
                 bool maximize,
                 const at::Tensor& found_inf) {
-  if (own.params.empty()) {
-    return;
-  }
   const auto run = [&](const auto& rate) {
     at::_fused_adamw_(own.params, own.grads, own.exp_avg, own.exp_avg_sq, /*max_exp_avg_sqs=*/{},
                       own.steps, rate, settings.beta1, settings.beta2, settings.weight_decay,
