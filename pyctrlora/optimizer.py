@@ -64,7 +64,8 @@ class CTROptimizer(Reports, torch.optim.Optimizer):
         rank_budget: what the active directions of all pairs may cost, out_features + in_features
             each: a float is a share of the allocated parameters in (0, 1], an int a number of
             parameters; None (default): every direction stays active. Ranks come down to it
-            (`rank_start`) and move to the layers where they are most useful.
+            (`rank_start`) and move to the layers where they are most useful. Twice the rank with
+            half of the share has as many parameters and more layers' best directions among them.
         total_steps: length of the training, in which the schedule of ranks is measured: first event
             at 5 %, then every 2 % but at least 8 steps, last at 90 %.
         min_rank: least rank of a layer under a budget, >= 0. Default 1.

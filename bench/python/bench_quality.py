@@ -99,8 +99,10 @@ def train(task: Task, config: Config) -> dict[str, Any]:
         if number in stops:
             curve.append([number, seconds, mean_loss(model, task.validation)])
     losses = [point[2] for point in curve]
+    found = {"ranks": opts[0].ranks()} if "rank_budget" in dict(method.options) else {}
     return {
         **config,
+        **found,
         "curve": [[n, round(s, 3), loss if math.isfinite(loss) else None] for n, s, loss in curve],
         "loss": losses[-1] if math.isfinite(losses[-1]) else None,
         "diverged": not losses[-1] <= losses[0],

@@ -55,6 +55,7 @@ class Method:
 
 
 HALF = (("rank_budget", 0.5),)
+QUARTER = (("rank_budget", 0.25),)
 
 
 def ctr(about: str, **kwargs: Any) -> Method:
@@ -83,13 +84,17 @@ METHODS = {
     "full": Method("full fine-tuning", adapter="full", lrs=(1e-4, 2e-4, 4e-4, 8e-4)),
 }
 
+METHODS["ctr_half_wide"] = ctr(
+    "half of the parameters, from twice the rank", rank=2.0, options=QUARTER, ablation=True
+)
+
 NO_HEAD_STEP = (("head_step", 0.0),)
 METHODS |= {  # on tasks with a fresh head
     f"{name}_{tag}": replace(
         own, about=f"{own.about}; {about}", options=(*own.options, *options), ablation=True
     )
     for name, own in METHODS.items()
-    if own.optimizer == "ctr"
+    if own.optimizer == "ctr" and not own.ablation
     for tag, about, options in (
         ("no_head_step", "the head by AdamW's own length", NO_HEAD_STEP),
         (
