@@ -68,6 +68,7 @@ METHODS = {
     "ctr_fused": ctr("tangent step alone, layers by fuse", fused=True),
     "ctr_cg": ctr("with cg_init", adapter="cg"),
     "ctr_half": ctr("half of the parameters, ranks by rank_budget", options=HALF),
+    "ctr_half_wide": ctr("as many, from twice the rank", rank=2.0, options=QUARTER, ablation=True),
     "ctr_half_cg": ctr("the same after cg_init", adapter="cg", options=HALF),
     "ctr_uniform_half": ctr("half of the rank everywhere", rank=0.5),
     "lora_fused": Method("LoRA, AdamW, layers by fuse", fused=True),
@@ -83,10 +84,6 @@ METHODS = {
     "rite": Method("LoRA-RITE", optimizer="rite"),
     "full": Method("full fine-tuning", adapter="full", lrs=(1e-4, 2e-4, 4e-4, 8e-4)),
 }
-
-METHODS["ctr_half_wide"] = ctr(
-    "half of the parameters, from twice the rank", rank=2.0, options=QUARTER, ablation=True
-)
 
 NO_HEAD_STEP = (("head_step", 0.0),)
 METHODS |= {  # on tasks with a fresh head
