@@ -8,10 +8,10 @@ changed at a time. "per_tenth" is what a change does to the mean loss for each t
 allocated parameters that it adds or takes: where groups differ much, moving parameters between them
 would pay, and a group that cannot grow is at the rank it was allocated.
 
-Then a search on the loss itself, which no rule has at hand: each round takes one rank from every
-layer of one group, gives what that frees to another, tries all such pairs of groups and goes on
-from the best one if it is better. As the best of many it looks a little better than it is; so it
-is run once more, beside the ranks found, on a seed that it was not chosen on.
+With --search, as many rounds of a local search on the loss itself, which no rule has at hand: a
+round takes one rank from every layer of one group, gives what that frees to another, tries all such
+pairs of groups and goes on from the best one if it is better. As the best of many it looks a little
+better than it is; so it is run once more, beside the ranks found, on a seed of its own.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ CHANGES: dict[str, tuple[str, int]] = {
     "later layers, down": (r"\.[1-9]\..*down_proj", 2),
     "later layers, down less": (r"\.[1-9]\..*down_proj", -3),
 }
+# Each group once.
 GROUPS = {name: pattern for name, (pattern, by) in CHANGES.items() if by and "less" not in name}
 
 
